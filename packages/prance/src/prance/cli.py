@@ -1,0 +1,7 @@
+"""The `prance` command. It has no sub-command yet and says so."""
+
+from papercore.cli import unfinished
+
+
+def main() -> int:
+    return unfinished("prance")

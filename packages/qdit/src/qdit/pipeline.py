@@ -1,0 +1,257 @@
+"""Models on disk: diffusers' layout, config.json and safetensors, with packed integers for quantised layers.
+
+A quantised layer `<m>` is stored as `<m>.qweight` (packed codes), `<m>.scale` (the bits of float16 or float32 numbers
+as integers, so that loaders that cast floating tensors leave them alone), `<m>.zero`, `<m>.bias`, and for static
+activations `<m>.act_scale` and `<m>.act_zero`. `config.json` tells the rest under `quantization_config`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from papercore.errors import InputError, located
+from papercore.report import Table
+from papercore.rundir import atomic, read_json, write_json
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qdit.config import QDiTConfig
+from qdit.convert import LayerRecord, attach
+from qdit.layers import Backend, QuantLinear
+from qdit.original import SHIFT_KEY, set_frequency_shift
+from qdit.targets import Target, find_targets, full_precision_layers, install
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FORMAT = 1
+
+
+def save_pretrained(model: nn.Module, path: Path) -> None:
+    """Writes a full-precision or quantised DiT to the folder `path`; `load_pretrained` reads it.
+
+    Raises:
+        InputError: not a DiT of diffusers.
+    """
+    if not isinstance(model, DiTTransformer2DModel):
+        raise InputError("model", found=type(model).__name__, expected="DiTTransformer2DModel")
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    config = {"_class_name": "DiTTransformer2DModel", **config}
+    quantised: QDiTConfig | None = getattr(model, "qdit_config", None)
+    if quantised is not None:
+        config["quantization_config"] = describe(model)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    with atomic(Path(path) / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(Path(path) / "config.json", config)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The `quantization_config` of a quantised model."""
+    config: QDiTConfig = model.qdit_config  # pyright: ignore[reportAssignmentType]
+    targets: list[Target] = model.qdit_targets  # pyright: ignore[reportAssignmentType]
+    granularity = {target.name: target.spec.act_granularity for target in targets if target.spec.abits < 16}
+    one = set(granularity.values())
+    return {
+        "quant_method": "qdit",
+        "format": FORMAT,
+        "wbits": config.wbits,
+        "abits": config.abits,
+        "w_sym": config.w_sym,
+        "a_sym": config.a_sym,
+        "act": config.act,
+        "act_granularity": granularity if len(one) > 1 else one.pop() if one else "token",
+        "scale_dtype": config.scale_dtype,
+        "group_sizes": {target.name: target.spec.group_size for target in targets},
+        "modules_to_not_convert": list(config.modules_to_not_convert),
+        "adaln_bits": config.adaln_bits,
+        "gptq": {"percdamp": 0.01, "block_size": 128, "act_order": False} if config.gptq else None,
+        "search": None,
+    }
+
+
+def read_quantization_config(values: Mapping[str, Any], where: Path) -> QDiTConfig:
+    """The setting in a checkpoint's `quantization_config`.
+
+    Raises:
+        InputError: another method or format, unknown key, wrong type; names the file and the field.
+    """
+    values = dict(values)
+    for key, expected in (("quant_method", "qdit"), ("format", FORMAT)):
+        found = values.pop(key, None)
+        if found != expected:
+            raise InputError(f"quantization_config.{key}", where=where, found=repr(found), expected=repr(expected))
+    if not isinstance(values.get("group_sizes"), Mapping):
+        raise InputError(
+            "quantization_config.group_sizes", where=where, found=values.get("group_sizes"), expected="sizes by layer"
+        )
+    values["group_size"] = dict(values.pop("group_sizes"))
+    values["gptq"] = values.get("gptq") is not None
+    values.pop("search", None)
+    with located(where):
+        return QDiTConfig.from_dict(values, f"{where}: quantization_config")
+
+
+def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2DModel:
+    """The DiT in the folder `path`, full-precision or quantised, on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: a file is missing, damaged, of another format or model; names file and field or tensor. Pickled
+            weights are refused.
+    """
+    path = Path(path)
+    where = path / "config.json"
+    config = read_json(where)
+    if not isinstance(config, dict) or config.get("_class_name") != "DiTTransformer2DModel":
+        found = config.get("_class_name") if isinstance(config, dict) else config
+        raise InputError("_class_name", where=where, found=repr(found), expected="'DiTTransformer2DModel'")
+    quantisation = config.pop("quantization_config", None)
+    model = build_model(config, where)
+    weights = read_weights(path)
+    expected_dtypes = {}
+    if quantisation is not None:
+        setting = read_quantization_config(quantisation, where)
+        with located(where):
+            targets = find_targets(model, setting)
+        for target in targets:
+            layer = install(model, target)
+            layer.backend = "integer" if backend == "integer" else "simulate"
+        expected_dtypes = {
+            f"{name}.{key}": value.dtype
+            for name, module in model.named_modules()
+            if isinstance(module, QuantLinear)
+            for key, value in module.named_buffers()
+        }
+        attach(model, setting, targets, [])
+    fill(model, weights, expected_dtypes)
+    return model.eval()
+
+
+def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel:
+    """A DiT of the described size with weights not set yet.
+
+    Raises:
+        InputError: a field of the wrong type or value.
+    """
+    plain = {key: value for key, value in config.items() if not key.startswith("_") and key != SHIFT_KEY}
+    integers = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
+    for key in (*integers, "out_channels", "num_embeds_ada_norm"):
+        value = plain.get(key)
+        if key not in plain or (value is None and key == "out_channels"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"field {key}", where=where, found=repr(value), expected="a whole number of at least 1")
+    try:
+        model = DiTTransformer2DModel(**plain)
+    except (TypeError, ValueError, NotImplementedError, ZeroDivisionError, RuntimeError) as error:
+        raise InputError(
+            "configuration of a DiT", where=where, found=str(error), expected="diffusers' fields"
+        ) from error
+    if SHIFT_KEY in config:
+        set_frequency_shift(model, config[SHIFT_KEY])
+    return model
+
+
+def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
+    """All tensors of a model folder (one file, or shards with an index) and the file each came from."""
+    index = path / f"{WEIGHTS}.index.json"
+    files = [path / WEIGHTS]
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+            raise InputError(
+                "weight_map", where=index, found=names, expected="tensor names to file names in this folder"
+            )
+        files = [path / name for name in sorted(set(names.values()))]
+    elif not files[0].exists():
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        if pickles:
+            raise InputError(
+                "pickled weights are refused",
+                where=path / pickles[0],
+                expected=WEIGHTS,
+                hint="convert them to safetensors",
+            )
+        raise InputError("no weights", where=path, expected=WEIGHTS)
+    tensors: dict[str, tuple[Tensor, Path]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    tensors[name] = (opened.get_tensor(name), file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                "damaged weights", where=file, found=str(error), expected="a whole safetensors file"
+            ) from error
+    return tensors
+
+
+def fill(
+    model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Copies `tensors` into `model` after checking every name, shape, type and value.
+
+    Raises:
+        InputError: names the file and the tensor.
+    """
+    wanted = model.state_dict()
+    where = next((file for _, file in tensors.values()), None)
+    for name, present in wanted.items():
+        if name not in tensors:
+            if name.endswith("pos_embed.pos_embed"):
+                continue  # a fixed table, made with the model
+            raise InputError(f"tensor {name}", where=where, found="nothing", expected=f"shape {tuple(present.shape)}")
+        tensor, file = tensors[name]
+        if tensor.shape != present.shape:
+            raise InputError(
+                f"tensor {name}", where=file, found=f"shape {tuple(tensor.shape)}", expected=f"{tuple(present.shape)}"
+            )
+        integer = (dtypes or {}).get(name)
+        if integer is not None and tensor.dtype != integer:
+            raise InputError(
+                f"tensor {name}",
+                where=file,
+                found=str(tensor.dtype),
+                expected=str(integer),
+                hint="scales are stored as integers; the file was cast by another program, quantise again",
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"tensor {name}", where=file, found=f"{bad} values that are not finite", expected="none")
+    for name, (_, file) in tensors.items():
+        if name not in wanted:
+            raise InputError(f"tensor {name}", where=file, found="a tensor the model does not have", expected="none")
+    missing, _ = model.load_state_dict({name: tensor for name, (tensor, _) in tensors.items()}, strict=False)
+    assert set(missing) <= {"pos_embed.pos_embed"}
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all stored tensors."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def report(model: nn.Module) -> dict[str, Any]:
+    """Bits and bytes of a just quantised model, layer by layer, and what was left in full precision."""
+    records: list[LayerRecord] = model.qdit_records  # pyright: ignore[reportAssignmentType]
+    columns = ("layer", "shape", "group", "short group", "bits/weight", "relative error", "dead inputs", "rounding")
+    rows = [
+        (
+            record.name,
+            f"{record.rows} x {record.columns}",
+            record.group_size,
+            record.short_group or None,
+            record.bits_per_weight,
+            record.weight_error,
+            record.dead_columns or None,
+            record.method,
+        )
+        for record in records
+    ]
+    weights = sum(record.rows * record.columns for record in records)
+    return {
+        "layers": Table("quantised layers", columns, rows),
+        "bits_per_weight": sum(r.bits_per_weight * r.rows * r.columns for r in records) / weights,
+        "bytes": model_bytes(model),
+        "full_precision": full_precision_layers(model),
+    }

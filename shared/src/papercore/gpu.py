@@ -1,0 +1,195 @@
+"""The queue of work that waits for a GPU: checks, benchmarks, small-scale reproductions.
+
+A package lists its tasks through the entry point group `papercore.gpu`: a function that gives `Task`s. `papercore gpu`
+runs the pending ones, most valuable first, within a time. Each task runs in a process of its own, so that a crash or a
+hang costs that task only; its result is written when it ends, so that the queue can be cut off at any time and called
+again. A task is done when `benchmarks/results/<task>.json` of its package says so for the task's present version.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from papercore.errors import InputError
+from papercore.report import Table
+from papercore.rundir import environment, read_json, write_json
+
+GROUP = "papercore.gpu"
+Status = Literal["done", "failed", "timeout", "pending"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a task is told."""
+
+    device: str
+    """"cuda", or "cpu" when the queue itself is tested"""
+    tiny: bool
+    """smallest sizes: does the code run at all?"""
+    data: Path | None
+    """folder of data sets, for the tasks that need one"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One piece of work for the GPU.
+
+    `run` gives a JSON-able mapping with the raw numbers; it raises when a check fails.
+    """
+
+    name: str
+    """unique in its package, for example "check-quantisers" """
+    kind: Literal["check", "benchmark", "reproduction"]
+    value: int
+    """the larger, the earlier"""
+    minutes: float
+    """what it is expected to take; a task is given three times as long, if there is time"""
+    run: Callable[[Request], Mapping[str, Any]]
+    version: int = 1
+    """raise it when an old result no longer counts"""
+    requires: tuple[str, ...] = ()
+    """modules that must be importable, besides torch"""
+    needs_data: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A task in the queue and where its result is."""
+
+    package: str
+    task: Task
+    result: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.package}/{self.task.name}"
+
+    def status(self, tiny: bool = False) -> Status:
+        if not self.result.exists():
+            return "pending"
+        record = read_json(self.result)
+        fresh = record.get("version") == self.task.version and record.get("tiny") == tiny
+        return record["status"] if fresh else "pending"
+
+
+def queue(results: Path | None = None, only: Sequence[str] = ()) -> list[Entry]:
+    """All registered tasks, most valuable first.
+
+    Args:
+        results: a folder that gets one folder a package; None puts results into the packages' own folders
+            (`shared/` or `packages/<name>/`, then `benchmarks/results/`) of the checkout around the working directory.
+        only: packages, or single tasks as package/task.
+
+    Raises:
+        InputError: `only` names nothing that exists.
+    """
+    entries = []
+    for point in importlib.metadata.entry_points(group=GROUP):
+        folder = results / point.name if results is not None else results_folder(point.name)
+        entries += [Entry(point.name, task, folder / f"{task.name}.json") for task in point.load()()]
+    for name in only:
+        if not any(name in (entry.package, entry.name) for entry in entries):
+            raise InputError("--only", found=name, expected=f"one of {', '.join(sorted({e.package for e in entries}))}")
+    if only:
+        entries = [entry for entry in entries if entry.package in only or entry.name in only]
+    return sorted(entries, key=lambda entry: (-entry.task.value, entry.name))
+
+
+def results_folder(package: str) -> Path:
+    """Where a package's results are kept in the checkout around the working directory."""
+    for root in (Path.cwd(), *Path.cwd().parents):
+        for folder in (root / "packages" / package, root / "shared" if package == "papercore" else None):
+            if folder is not None and (folder / "pyproject.toml").exists():
+                return folder / "benchmarks" / "results"
+    raise InputError(
+        "no checkout of the workspace around the working directory",
+        where=Path.cwd(),
+        hint="give a folder for the results with --results",
+    )
+
+
+def run_queue(
+    entries: Sequence[Entry], minutes: float, request: Request, say: Callable[[str], None], *, retry: bool = False
+) -> Table:
+    """Runs what is pending and fits; gives a table of all entries.
+
+    Args:
+        minutes: time in all. A task whose expected time does not fit any more is left for the next call.
+        retry: also run again what failed or ran out of time before.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    rows = []
+    for entry in entries:
+        task, status, note = entry.task, entry.status(request.tiny), ""
+        missing = [name for name in task.requires if importlib.util.find_spec(name) is None]
+        left = deadline - time.monotonic()
+        if status == "done" or (status != "pending" and not retry):
+            note = "from an earlier call"
+        elif missing:
+            note = f"needs {', '.join(missing)}"
+        elif task.needs_data and request.data is None:
+            note = "needs --data"
+        elif left < 60 * task.minutes * (0.01 if request.tiny else 1):
+            note = f"needs {task.minutes:g} min, {max(0.0, left) / 60:.1f} left"
+        else:
+            say(f"{entry.name}: started ({task.minutes:g} min expected, {left / 60:.1f} left)")
+            status, note = run_one(entry, min(left, max(60.0, 180 * task.minutes)), request)
+            say(f"{entry.name}: {status} {note}")
+        rows.append((entry.name, task.kind, task.value, task.minutes, status, note))
+    return Table("GPU queue", ("task", "kind", "value", "minutes", "status", "note"), rows)
+
+
+def run_one(entry: Entry, seconds: float, request: Request) -> tuple[Status, str]:
+    """Runs one task in a process of its own and writes its record."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = Path(folder) / "outcome.json"
+        command = [sys.executable, "-m", "papercore.gpu", entry.package, entry.task.name, request.device]
+        command += [str(int(request.tiny)), str(request.data or ""), str(outcome)]
+        try:
+            done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)  # noqa: S603
+            status: Status = "done" if done.returncode == 0 else "failed"
+            said = (done.stderr or "").strip()
+        except subprocess.TimeoutExpired:
+            status, said = "timeout", f"stopped after {seconds:.0f} s"
+        result = json.loads(outcome.read_text()) if outcome.exists() else None
+    taken = time.monotonic() - begun
+    record = {
+        "task": entry.task.name,
+        "version": entry.task.version,
+        "tiny": request.tiny,
+        "status": status,
+        "seconds": round(taken, 2),
+        "device": (result or {}).pop("device", None),
+        "environment": environment(),
+        "result": result,
+        "error": None if status == "done" else said[-4000:],
+    }
+    write_json(entry.result, record)
+    return status, f"{taken:.0f} s" if status == "done" else said.splitlines()[-1] if said else ""
+
+
+def _task_process(arguments: Sequence[str]) -> None:
+    """The child: runs one task and leaves its numbers in a file."""
+    package, name, device, tiny, data, outcome = arguments
+    import torch
+
+    (point,) = importlib.metadata.entry_points(group=GROUP, name=package)
+    (task,) = (task for task in point.load()() if task.name == name)
+    result = dict(task.run(Request(device, tiny == "1", Path(data) if data else None)))
+    result["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    temporary = f"{outcome}.part"
+    Path(temporary).write_text(json.dumps(result, default=str))
+    Path(temporary).replace(outcome)
+
+
+if __name__ == "__main__":
+    _task_process(sys.argv[1:])

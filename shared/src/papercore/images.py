@@ -1,0 +1,89 @@
+"""Images as evaluators exchange them: uint8, channels last, in `.npz` files under the key `arr_0`."""
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from papercore.errors import InputError
+from papercore.rundir import atomic
+
+
+def images_to_uint8(decoded: Float[Tensor, "n channels height width"]) -> UInt8[Tensor, "n height width channels"]:
+    """[-1, 1] -> 0..255: truncate(clip(127.5 x + 128, 0, 255)). (Evaluator of guided-diffusion, arXiv 2105.05233.)"""
+    return (127.5 * decoded.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def images_from_uint8(images: UInt8[Tensor, "n height width channels"]) -> Float[Tensor, "n channels height width"]:
+    """0..255 -> [-1, 1], the middle of each step of `images_to_uint8`."""
+    return (images.float() - 127.5).div(127.5).permute(0, 3, 1, 2).contiguous()
+
+
+def write_images(path: Path, images: UInt8[Tensor, "n height width channels"]) -> None:
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, arr_0=images.numpy())
+
+
+def read_images(path: Path) -> UInt8[Tensor, "n height width channels"]:
+    """The images of an `.npz` file.
+
+    Raises:
+        InputError: not such a file, no `arr_0`, or not uint8 images; pickled arrays are refused.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if not hasattr(archive, "files"):
+                raise InputError("not an archive", where=path, found="a single array", expected=".npz with arr_0")
+            if "arr_0" not in archive.files:
+                raise InputError("key arr_0", where=path, found=", ".join(archive.files), expected="arr_0")
+            images = archive["arr_0"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            "cannot be read as .npz", where=path, found=str(error), expected="an .npz with arr_0"
+        ) from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise InputError(
+            "arr_0", where=path, found=f"{images.dtype} {images.shape}", expected="uint8 [n, height, width, 1 or 3]"
+        )
+    return torch.from_numpy(images)
+
+
+def grid_png(images: UInt8[Tensor, "n height width channels"], columns: int, *, zoom: int = 1, gap: int = 1) -> bytes:
+    """The images as one PNG, row by row, `columns` a row, each pixel enlarged `zoom` times."""
+    if len(images) == 0 or columns < 1:
+        raise InputError(
+            "picture grid", found=f"{len(images)} images in {columns} columns", expected="at least one of each"
+        )
+    tiles = np.repeat(np.repeat(images.numpy(), zoom, 1), zoom, 2)
+    height, width = tiles.shape[1] + gap, tiles.shape[2] + gap
+    rows = -(-len(tiles) // columns)
+    canvas = np.full((rows * height + gap, columns * width + gap, tiles.shape[3]), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * height + gap, i % columns * width + gap
+        canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return png(canvas)
+
+
+def stack_png(parts: Sequence[bytes], gap: int = 8) -> bytes:
+    """PNG images side by side."""
+    from PIL import Image
+
+    arrays = [np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts]
+    height = max(len(array) for array in arrays)
+    padded = [np.pad(a, ((0, height - len(a)), (0, gap), (0, 0)), constant_values=255) for a in arrays]
+    return png(np.concatenate(padded, 1)[:, :-gap])
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """[height, width, 1 or 3] -> PNG."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(data, format="PNG")
+    return data.getvalue()

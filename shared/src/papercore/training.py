@@ -1,0 +1,359 @@
+"""One training loop: mixed precision, accumulation, EMA, schedules, several processes, exact resume.
+
+Everything random in a step (which samples, their noise, dropout) is a function of the seed, the step and the process
+alone. A checkpoint therefore needs no generator states, and a run killed at any moment goes on to the same bits.
+The loop itself is Accelerate's: the same call trains in one process or under `accelerate launch`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from papercore.errors import InputError, WorkError
+from papercore.progress import Progress
+from papercore.rundir import RunDir, atomic
+
+Loss = Callable[[nn.Module, Any, torch.Generator], Tensor]
+"""(model, batch, generator on the model's device) -> mean loss of the batch, a scalar with gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What the loop does. Two runs with equal configuration on one machine give equal bits."""
+
+    steps: int = 1000
+    """optimiser steps"""
+    batch_size: int = 64
+    """samples a step, over all processes and accumulated micro-batches"""
+    learning_rate: float = 1e-3
+    """the largest value the schedule reaches"""
+    weight_decay: float = 0.01
+    """decoupled weight decay of AdamW, on tensors of two and more dimensions"""
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
+    """cosine: down to 0; one-cycle: up from a 25th over the first 30 % of the steps, then down to 0, both as cosines"""
+    warmup: int = 0
+    """steps of linear warm-up before it"""
+    ema: float | None = None
+    """decay of the exponential moving average of the weights; none: no average is kept"""
+    clip_norm: float | None = 1.0
+    """largest gradient norm; none: no clipping"""
+    accumulate: int = 1
+    """micro-batches a step"""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """data type of the forward pass"""
+    checkpoint_every: int = 200
+    """steps between two checkpoints"""
+    log_every: int = 50
+    """steps between two lines of the log"""
+    seed: int = 0
+    """of the sample order and of everything random in the loss"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"field {name}", found=getattr(self, name), expected="at least 1")
+        if not self.learning_rate > 0:
+            raise InputError("field learning_rate", found=self.learning_rate, expected="above 0")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError("field ema", found=self.ema, expected="in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """The trained model and what the loop saw."""
+
+    model: nn.Module
+    """with the averaged weights if an average was kept, else the last ones; in evaluation mode, on the CPU"""
+    loss: float
+    """mean over the last logged stretch"""
+    steps: int
+    seconds: float
+    """of this process, without the steps of earlier ones"""
+    is_main: bool
+    """whether this process is the one that writes files"""
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    loss: Loss,
+    config: TrainConfig,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = True,
+    workers: int = 0,
+    label: str = "train",
+    provenance: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Trains `model` in place and leaves `config.json`, `log.jsonl` and `checkpoint.safetensors` in `out`.
+
+    Called again with the same arguments it goes on from the last checkpoint; a finished run is only loaded.
+
+    Args:
+        model: its weights at the start must be the same at every call (seed before you build it).
+        dataset: map-style, with a length; items are collated by torch's default rule.
+        loss: see `Loss`; must take what is random from the generator, or from torch's global one.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        resume: False starts anew and overwrites the folder.
+        workers: processes that load data.
+        provenance: further entries that a resumed run must share (model and data settings).
+
+    Raises:
+        InputError: the folder holds another run, the checkpoint is damaged, or the batch does not divide.
+        WorkError: the loss is not finite.
+    """
+    accelerator = make_accelerator(config, device)
+    world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    micro = config.batch_size // (world * config.accumulate)
+    if micro * world * config.accumulate != config.batch_size:
+        raise InputError(
+            "field batch_size",
+            found=config.batch_size,
+            expected=f"a multiple of {world * config.accumulate} (processes x accumulated micro-batches)",
+        )
+    out = Path(out)
+    described = {"train": dataclasses.asdict(config), "processes": world, **(provenance or {})}
+    checkpoint = out / "checkpoint.safetensors"
+    with accelerator.main_process_first():
+        run = RunDir.open(out, described, resume=resume or not main)
+        if main and not resume:
+            checkpoint.unlink(missing_ok=True)
+
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    state = State(model, optimizer, config, accelerator)
+    begin = state.load(checkpoint) if checkpoint.exists() else 0
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if main:
+        run.keep_records(lambda record: record["step"] <= begin)
+
+    sampler = StepSampler(len(dataset), config, micro, world, rank, begin)  # pyright: ignore[reportArgumentType]
+    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    started = time.monotonic()
+    wrapped.train()
+    with Progress(label, config.steps, start=begin, show=main) as progress:
+        for step in range(begin, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            for part in range(config.accumulate):
+                batch = send_to_device(next(batches), accelerator.device)
+                seed = mix(config.seed, "step", step, part, rank)
+                torch.manual_seed(seed)
+                generator = torch.Generator(accelerator.device).manual_seed(seed)
+                last = part == config.accumulate - 1
+                with accelerator.autocast(), _synchronised(accelerator, wrapped, last):
+                    value = loss(wrapped, batch, generator) / config.accumulate
+                    accelerator.backward(value)
+                state.total += value.detach()
+            if config.clip_norm is not None:
+                accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            state.average()
+            state.stretch += 1
+            done = step + 1
+            logging = done % config.log_every == 0 or done == config.steps
+            saving = done % config.checkpoint_every == 0 or done == config.steps
+            if logging or saving:
+                reduced = accelerator.reduce(state.total, reduction="mean")
+                assert isinstance(reduced, Tensor)
+                state.total = reduced
+            if logging:
+                state.loss = float(state.total) / state.stretch
+                if not math.isfinite(state.loss):
+                    raise WorkError(f"{label}: the loss is {state.loss} at step {done}; lower the learning rate")
+                state.total = torch.zeros_like(state.total)
+                state.stretch = 0
+                if main:
+                    run.log({"step": done, "loss": state.loss, "learning_rate": learning_rate(config, step)})
+            if saving and main:
+                state.save(checkpoint, done)
+            progress.advance("" if math.isnan(state.loss) else f"loss {state.loss:.4f}")
+    accelerator.wait_for_everyone()
+    seconds = time.monotonic() - started
+    state.use_average()
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).to("cpu").eval()
+    return TrainResult(model, state.loss, config.steps, seconds, main)
+
+
+def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
+    """Accelerate's object for this process, with nothing left over from an earlier run in it."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError("device", found=device, expected="auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", found="cuda", expected="a CUDA GPU in this machine")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu", step_scheduler_with_optimizer=False)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (biases, norms) do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step `step` (counted from 0)."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "cosine":
+        return config.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    rise = 0.3
+    if share < rise:
+        return config.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * share / rise)) / 2)
+    return config.learning_rate * (1 + math.cos(math.pi * (share - rise) / (1 - rise))) / 2
+
+
+def mix(*parts: object) -> int:
+    """A 63-bit seed from what it may depend on."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class StepSampler(Sampler[list[int]]):
+    """The indices of every micro-batch from step `begin` on: one endless shuffled pass after another.
+
+    Position p of the stream is element p mod n of the permutation of pass p // n; every process takes its share of
+    a step's positions. No state but the position.
+    """
+
+    def __init__(self, items: int, config: TrainConfig, micro: int, world: int, rank: int, begin: int) -> None:
+        if items < 1:
+            raise InputError("the data set", found="no sample", expected="at least one")
+        self.items, self.config, self.micro, self.world, self.rank, self.begin = (
+            items,
+            config,
+            micro,
+            world,
+            rank,
+            begin,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number, order = -1, torch.empty(0, dtype=torch.long)
+        for step in range(self.begin, self.config.steps):
+            for part in range(self.config.accumulate):
+                first = step * self.config.batch_size + (part * self.world + self.rank) * self.micro
+                indices = []
+                for position in range(first, first + self.micro):
+                    if position // self.items != number:
+                        number = position // self.items
+                        generator = torch.Generator().manual_seed(mix(self.config.seed, "pass", number))
+                        order = torch.randperm(self.items, generator=generator)
+                    indices.append(int(order[position % self.items]))
+                yield indices
+
+
+class State:
+    """What a checkpoint holds: weights, their average, the optimiser's moments; all in one safetensors file."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, accelerator: Accelerator
+    ) -> None:
+        self.model, self.optimizer, self.config, self.accelerator = model, optimizer, config, accelerator
+        self.loss = math.nan
+        self.total = torch.zeros((), device=accelerator.device)
+        """sum of the losses since the last line of the log, and over how many steps"""
+        self.stretch = 0
+        self.mean: dict[str, Tensor] = {}
+        if config.ema is not None:
+            self.mean = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Moves the average towards the weights; what is not a floating number is copied."""
+        if self.config.ema is None:
+            return
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.mean[name].lerp_(value, 1 - self.config.ema)
+            else:
+                self.mean[name].copy_(value)
+
+    def use_average(self) -> None:
+        if self.mean:
+            self.model.load_state_dict(self.mean)
+
+    def save(self, path: Path, step: int) -> None:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"mean.{name}": value for name, value in self.mean.items()}
+        for index, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+        tensors["total"] = self.total
+        notes = {"step": step, "loss": self.loss, "stretch": self.stretch, "scaler": None}
+        if self.accelerator.scaler is not None:
+            notes["scaler"] = self.accelerator.scaler.state_dict()
+        # clones: weights that modules share may not share memory in the file
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"state": json.dumps(notes)})
+
+    def load(self, path: Path) -> int:
+        """Restores everything; gives the number of steps done.
+
+        Raises:
+            InputError: the file is damaged or belongs to another model.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise InputError(
+                "damaged checkpoint",
+                where=path,
+                found=str(error),
+                expected="safetensors",
+                hint="--no-resume starts anew",
+            ) from error
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+        try:
+            self.model.load_state_dict(under("model."))
+        except RuntimeError as error:
+            raise InputError("checkpoint of another model", where=path, found=str(error).splitlines()[1:2]) from error
+        device = self.accelerator.device
+        self.mean = {name: value.to(device) for name, value in under("mean.").items()}
+        self.total = tensors["total"].to(device)
+        self.stretch = notes["stretch"]
+        if notes["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(notes["scaler"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in under("optimizer.").items():
+            index, _, entry = name.partition(".")
+            moments.setdefault(int(index), {})[entry] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.loss = notes["loss"]
+        return notes["step"]
+
+
+def _synchronised(accelerator: Accelerator, model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
+    """Gradients are exchanged between processes only with the last micro-batch of a step."""
+    return contextlib.nullcontext() if now else accelerator.no_sync(model)
