@@ -68,18 +68,20 @@ class Gpu(cli.Command):
     """smallest sizes; such results do not count as done"""
 
     def run(self) -> Mapping[str, Any]:
-        from papercore.gpu import Request, queue, run_queue
+        from papercore.gpu import Request, list_queue, queue, run_queue
 
         entries = queue(self.results, self.only)
-        if not self.list and self.device == "cuda":
+        request = Request(self.device, self.tiny, self.data)
+        if self.list:
+            return {"queue": list_queue(entries, request)}
+        if self.device == "cuda":
             import torch
 
             if not torch.cuda.is_available():
                 raise InputError("--device", found="no CUDA GPU", expected="one", hint="--list shows the queue")
-        minutes = 0.0 if self.list else self.minutes
-        table = run_queue(entries, minutes, Request(self.device, self.tiny, self.data), say, retry=self.retry)
+        table = run_queue(entries, self.minutes, request, say, retry=self.retry)
         failed = [row[0] for row in table.rows if row[4] in ("failed", "timeout")]
-        if failed and not self.list:
+        if failed:
             sys.stdout.write(cli.to_text({"queue": table}))
             raise WorkError(f"failed: {', '.join(failed)}")
         return {"queue": table}

@@ -23,6 +23,7 @@ from papercore.report import Table
 from papercore.rundir import environment, read_json, write_json
 
 GROUP = "papercore.gpu"
+COLUMNS = ("task", "kind", "value", "minutes", "status", "note")
 Status = Literal["done", "failed", "timeout", "pending"]
 
 
@@ -129,14 +130,11 @@ def run_queue(
     rows = []
     for entry in entries:
         task, status, note = entry.task, entry.status(request.tiny), ""
-        missing = [name for name in task.requires if importlib.util.find_spec(name) is None]
         left = deadline - time.monotonic()
         if status == "done" or (status != "pending" and not retry):
             note = "from an earlier call"
-        elif missing:
-            note = f"needs {', '.join(missing)}"
-        elif task.needs_data and request.data is None:
-            note = "needs --data"
+        elif lacking(task, request):
+            note = lacking(task, request)
         elif left < 60 * task.minutes * (0.01 if request.tiny else 1):
             note = f"needs {task.minutes:g} min, {max(0.0, left) / 60:.1f} left"
         else:
@@ -144,7 +142,24 @@ def run_queue(
             status, note = run_one(entry, min(left, max(60.0, 180 * task.minutes)), request)
             say(f"{entry.name}: {status} {note}")
         rows.append((entry.name, task.kind, task.value, task.minutes, status, note))
-    return Table("GPU queue", ("task", "kind", "value", "minutes", "status", "note"), rows)
+    return Table("GPU queue", COLUMNS, rows)
+
+
+def list_queue(entries: Sequence[Entry], request: Request) -> Table:
+    """The queue as it stands, without running anything."""
+    rows = [
+        (e.name, e.task.kind, e.task.value, e.task.minutes, e.status(request.tiny), lacking(e.task, request))
+        for e in entries
+    ]
+    return Table("GPU queue", COLUMNS, rows)
+
+
+def lacking(task: Task, request: Request) -> str:
+    """What a task needs and this machine or call does not have; empty when it could run."""
+    missing = [name for name in task.requires if importlib.util.find_spec(name) is None]
+    if task.needs_data and request.data is None:
+        missing.append("--data")
+    return f"needs {', '.join(missing)}" if missing else ""
 
 
 def run_one(entry: Entry, seconds: float, request: Request) -> tuple[Status, str]:

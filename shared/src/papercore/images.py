@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,16 +67,6 @@ def grid_png(images: UInt8[Tensor, "n height width channels"], columns: int, *, 
         top, left = i // columns * height + gap, i % columns * width + gap
         canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return png(canvas)
-
-
-def stack_png(parts: Sequence[bytes], gap: int = 8) -> bytes:
-    """PNG images side by side."""
-    from PIL import Image
-
-    arrays = [np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts]
-    height = max(len(array) for array in arrays)
-    padded = [np.pad(a, ((0, height - len(a)), (0, gap), (0, 0)), constant_values=255) for a in arrays]
-    return png(np.concatenate(padded, 1)[:, :-gap])
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

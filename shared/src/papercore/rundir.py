@@ -115,14 +115,14 @@ class RunDir:
             for name in ("config.json", "log.jsonl", "environment.json"):
                 (path / name).unlink(missing_ok=True)
         if (path / "config.json").exists():
-            present = read_json(path / "config.json")
-            for key in sorted(set(wanted) | set(present)):
-                if wanted.get(key) != present.get(key):
+            before, now = flatten(read_json(path / "config.json")), flatten(wanted)
+            for key in sorted(set(before) | set(now)):
+                if before.get(key) != now.get(key):
                     raise InputError(
                         f"field {key}",
                         where=path / "config.json",
-                        found=repr(present.get(key)),
-                        expected=repr(wanted.get(key)),
+                        found=repr(before.get(key)),
+                        expected=repr(now.get(key)),
                         hint="this folder holds another run: choose another folder, or --no-resume to start anew",
                     )
         else:
@@ -144,6 +144,13 @@ class RunDir:
         """Rewrites the log with the records that `keep` accepts (those a resumed run will not write again)."""
         if self.log_path.exists():
             write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in self.records() if keep(record)))
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names joined by dots."""
+    if not isinstance(values, Mapping):
+        return {prefix.rstrip("."): values}
+    return {key: leaf for name, value in values.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
 
 
 def environment() -> dict[str, Any]:

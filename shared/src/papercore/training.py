@@ -2,7 +2,8 @@
 
 Everything random in a step (which samples, their noise, dropout) is a function of the seed, the step and the process
 alone. A checkpoint therefore needs no generator states, and a run killed at any moment goes on to the same bits.
-The loop itself is Accelerate's: the same call trains in one process or under `accelerate launch`.
+The loop itself is Accelerate's: the same call trains in one process or in several under `torchrun` or
+`accelerate launch`.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -199,8 +201,13 @@ def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
         raise InputError("device", found=device, expected="auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device", found="cuda", expected="a CUDA GPU in this machine")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)
+        if "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+            sys.stderr.write(
+                "accelerate launch started one process (it needs MPI for several on a CPU); "
+                "torchrun --standalone --nproc-per-node N starts N\n"
+            )
     return Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu", step_scheduler_with_optimizer=False)
 
 

@@ -23,8 +23,8 @@ def say(text: str) -> None:
 class Train(cli.Command):
     """Train a small class-conditional DiT on handwritten digits.
 
-    Under `accelerate launch` the same command trains in several processes. Interrupted, it goes on where it stopped
-    when it is called again.
+    Interrupted, it goes on where it stopped when it is called again. In several processes:
+    torchrun --standalone --nproc-per-node 2 -m qdit.cli train ...
     """
 
     out: Path
