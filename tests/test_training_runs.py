@@ -76,7 +76,7 @@ def test_two_processes_train_one_model_with_one_log_and_one_checkpoint(tmp_path)
 
 
 def test_accelerate_launch_trains_and_says_how_many_processes_it_really_started(tmp_path):
-    """On a CPU without MPI, Accelerate's launcher starts one process whatever number it is given (docs/decisions/0003)."""
+    """On a CPU without MPI its launcher starts one process whatever number it is given (docs/decisions/0003)."""
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
     run = [*launch, "-m", "qdit.cli", "train", "--out", str(tmp_path / "out"), *OPTIONS]
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(), timeout=180)
