@@ -17,12 +17,20 @@ def test_reproduce_measures_qdit_and_writes_one_page(tmp_path):
     done = papercore("reproduce", "--out", tmp_path, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     claims = json.loads(done.stdout)["claims"]
-    assert [claim["claim"] for claim in claims if claim["package"] == "qdit"] == ["C1", "C2", "C3", "C5", "C6", "C7"]
+    assert [claim["claim"] for claim in claims if claim["package"] == "qdit"] == [
+        "C1",
+        "C2",
+        "C3",
+        "C4",
+        "C5",
+        "C6",
+        "C7",
+    ]
     # exact by construction, whatever the machine; the others are measurements and may fail honestly
     assert all(claim["holds"] == "yes" for claim in claims if claim["claim"] in ("C6", "C7"))
     assert "settings" in done.stderr
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "W4A8: smaller groups reduce the error" in page
     assert (tmp_path / "report.md").exists()
     # everything is there for a second look: the trained model is not trained again

@@ -64,14 +64,22 @@ def read_json(path: Path) -> Any:
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one record. A torn last line left by a crash is cut off first, so that it never swallows this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    drop_torn_line(path)
+    with path.open("ab") as file:
+        file.write(json.dumps(record, default=str).encode() + b"\n")
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts off what follows the last newline of a log."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -34,10 +34,41 @@ _WHERE = {
     "respaced_timesteps": "papercore.diffusion",
     "sample": "qdit.sampling",
     "save_pretrained": "qdit.pipeline",
+    "search_group_sizes": "qdit.granularity",
+    "SearchResult": "qdit.granularity",
     "unpack_codes": "papercore.quant",
 }
 
-__all__ = [*sorted(_WHERE), "__version__"]
+__all__ = [
+    "Calibration",
+    "GPTQResult",
+    "Hessian",
+    "LayerCost",
+    "QDiTConfig",
+    "QuantLinear",
+    "RangeObserver",
+    "SearchResult",
+    "collect_calibration",
+    "dequantize",
+    "fake_quantize",
+    "frechet_distance",
+    "from_original",
+    "gptq",
+    "group_dequantize",
+    "group_gemm",
+    "group_quantize",
+    "images_to_uint8",
+    "layer_cost",
+    "load_pretrained",
+    "noise_error",
+    "pack_codes",
+    "quantize",
+    "respaced_timesteps",
+    "sample",
+    "save_pretrained",
+    "search_group_sizes",
+    "unpack_codes",
+]
 
 if TYPE_CHECKING:
     from papercore.diffusion import frechet_distance, respaced_timesteps
@@ -57,6 +88,7 @@ if TYPE_CHECKING:
     from qdit.calibration import Calibration, collect_calibration
     from qdit.config import QDiTConfig
     from qdit.convert import dequantize, noise_error, quantize
+    from qdit.granularity import SearchResult, search_group_sizes
     from qdit.layers import QuantLinear
     from qdit.original import from_original
     from qdit.pipeline import load_pretrained, save_pretrained

@@ -198,6 +198,96 @@ class Calibrate(cli.Command):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Search(cli.Command):
+    """Search one group size per layer under a cost limit.
+
+    Writes plan.json, for qdit quantize --group-sizes, and the search's log into --out; called again it goes on.
+    """
+
+    model: Positional[Path]
+    """folder of a full-precision DiT"""
+    out: Path
+    """folder for plan.json, search.jsonl, report.html and report.md"""
+    limit: str = "uniform=128"
+    """what may not be exceeded: uniform=SIZE, or bits=NUMBER (bits per weight), rescales=NUMBER (per token), or both
+    with a comma between"""
+    menu: tuple[int, ...] = (32, 64, 128, 192, 288)
+    """group sizes to choose from"""
+    wbits: int = 4
+    """bits of a weight"""
+    abits: int = 8
+    """bits of an activation"""
+    gptq: bool = True
+    """round candidates with GPTQ; --no-gptq rounds to nearest"""
+    calibration: Path | None = None
+    """file of qdit calibrate; without one, 256 inputs are sampled from the model"""
+    held_out: Path | None = None
+    """other calibration inputs, to measure the best on; without a file, 256 are sampled"""
+    population: int = 50
+    """candidates of a generation"""
+    top_k: int = 10
+    """parents"""
+    iterations: int = 10
+    """generations"""
+    mutation: float = 0.1
+    """probability that a size is redrawn"""
+    storage: str | None = None
+    """database URL or file for the search, instead of search.jsonl in --out"""
+    join: bool = False
+    """other workers are searching on the same storage now"""
+    seed: int = 0
+    """of the search and of sampled inputs"""
+    device: Device = "auto"
+    """where to compute"""
+
+    def run(self) -> Mapping[str, Any]:
+        limit = parse_limit(self.limit)
+        from papercore.report import Section, write_html, write_markdown
+        from papercore.rundir import write_json
+
+        from qdit.calibration import Calibration, collect_calibration
+        from qdit.config import QDiTConfig
+        from qdit.granularity import noise_fitness, search_group_sizes, sizes_picture
+        from qdit.pipeline import load_pretrained
+
+        with located("qdit search"):
+            config = QDiTConfig(wbits=self.wbits, abits=self.abits, gptq=self.gptq)
+        model = load_pretrained(self.model).to(pick_device(self.device))  # pyright: ignore[reportArgumentType]
+        inputs = []
+        for path, seed in ((self.calibration, self.seed), (self.held_out, self.seed + 1)):
+            if path is None:
+                say("sampling 256 inputs from the model")
+                inputs.append(collect_calibration(model, seed=seed))
+            else:
+                inputs.append(Calibration.load(path))
+                inputs[-1].check_fits(model, path)
+        with located("qdit search"):
+            result = search_group_sizes(
+                model,
+                config,
+                noise_fitness(model, inputs[0]),
+                menu=self.menu,
+                limit=limit,
+                population=self.population,
+                top_k=self.top_k,
+                iterations=self.iterations,
+                mutation=self.mutation,
+                seed=self.seed,
+                storage=self.storage or self.out / "search.jsonl",
+                calibration=inputs[0],
+                held_out=noise_fitness(model, inputs[1]),
+                alone=not self.join,
+            )
+        write_json(self.out / "plan.json", result.best)
+        sections = [
+            Section("Group sizes", tables=(result.table, result.pareto), pictures=(sizes_picture(result.best),))
+        ]
+        write_html(self.out / "report.html", "Search for group sizes", sections)
+        write_markdown(self.out / "report.md", "Search for group sizes", sections)
+        return {"plan": self.out / "plan.json", "candidates": result.table, "evaluations": len(result.evaluations)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample(cli.Command):
     """Sample pictures: an .npz of uint8 images and a grid as PNG."""
 
@@ -310,6 +400,7 @@ class Reproduce(cli.Command):
 COMMANDS: dict[str, type[cli.Command]] = {
     "train": Train,
     "calibrate": Calibrate,
+    "search": Search,
     "quantize": Quantize,
     "sample": Sample,
     "evaluate": Evaluate,
@@ -328,6 +419,23 @@ def pick_device(device: Device) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device", found="cuda", expected="a CUDA GPU in this machine")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def parse_limit(text: str) -> int | dict[str, float]:
+    """Raises InputError unless `text` is uniform=SIZE or bits=NUMBER and rescales=NUMBER."""
+    names = {"bits": "bits_per_weight", "rescales": "rescales_per_token"}
+    limits: dict[str, float] = {}
+    try:
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            if name == "uniform" and part == text:
+                return int(value)
+            limits[names[name]] = float(value)
+    except (KeyError, ValueError):
+        raise InputError(
+            "--limit", found=text, expected="uniform=SIZE, or bits=NUMBER,rescales=NUMBER or one of them"
+        ) from None
+    return limits
 
 
 def parse_labels(text: str) -> list[int]:

@@ -128,11 +128,10 @@ class _Rounding:
 
     def __init__(self, targets: list[Target], layers: dict[str, QuantLinear], weights: dict[str, Tensor]) -> None:
         self.targets, self.layers, self.weights = targets, layers, weights
+        self.hessians: dict[str, Hessian] = {}
 
     def nearest(self, target: Target) -> LayerRecord:
-        layer = self.layers[target.name]
-        layer.round_to_nearest(self.weights[target.name])
-        return self.record(target, "none" if target.spec.wbits == 16 else "nearest", 0)
+        return self.round_one(target, None)
 
     def gptq(self, model: nn.Module, calibration: Calibration) -> list[LayerRecord]:
         """Block after block: the Hessians of a block come from inputs that went through the quantised blocks before
@@ -158,6 +157,7 @@ class _Rounding:
                 with _inputs_of(model, hooks):
                     for arguments, keywords in states:
                         block(*arguments, **keywords)
+            self.hessians |= hessians
             for target in chosen:
                 records[target.name] = self.round_one(target, hessians[target.name])
             if block is not None and states is not None:
@@ -165,25 +165,9 @@ class _Rounding:
                     states = [((block(*args, **keywords), *args[1:]), keywords) for args, keywords in states]
         return [records[target.name] for target in self.targets]
 
-    def round_one(self, target: Target, hessian: Hessian) -> LayerRecord:
-        spec = target.spec
-        try:
-            result = gptq(
-                self.weights[target.name],
-                hessian,
-                spec.wbits,
-                spec.group_size,
-                symmetric=spec.w_sym,
-                scale_dtype=spec.torch_scale_dtype,
-            )
-        except SingularHessianError as error:
-            warnings.warn(f"layer {target.name}: {error}; rounded to nearest instead", stacklevel=2)
-            return self.nearest(target)
-        codes, parameters = result.codes, Parameters(result.scale, result.zero)
-        if spec.w_sym:  # stored as two's complement without zero points
-            codes, parameters = codes - 2 ** (spec.wbits - 1), parameters._replace(zero=torch.zeros_like(result.zero))
-        self.layers[target.name].set_weight(codes, parameters)
-        return self.record(target, "gptq", result.dead_columns)
+    def round_one(self, target: Target, hessian: Hessian | None) -> LayerRecord:
+        method, dead = round_layer(self.layers[target.name], self.weights[target.name], hessian)
+        return self.record(target, method, dead)
 
     def record(self, target: Target, method: str, dead: int) -> LayerRecord:
         layer, weight, spec = self.layers[target.name], self.weights[target.name], target.spec
@@ -193,6 +177,42 @@ class _Rounding:
         return LayerRecord(
             target.name, target.rows, target.columns, spec.group_size, short, bits, float(error), dead, method
         )
+
+
+def round_layer(layer: QuantLinear, weight: Tensor, hessian: Hessian | None) -> tuple[str, int]:
+    """Gives `layer` its weight, rounded with GPTQ where a Hessian is given; the method used and the dead columns."""
+    spec = layer.spec
+    if hessian is None or spec.wbits == 16:
+        layer.round_to_nearest(weight)
+        return "none" if spec.wbits == 16 else "nearest", 0
+    try:
+        result = gptq(
+            weight, hessian, spec.wbits, spec.group_size, symmetric=spec.w_sym, scale_dtype=spec.torch_scale_dtype
+        )
+    except SingularHessianError as error:
+        warnings.warn(f"layer {layer.name}: {error}; rounded to nearest instead", stacklevel=2)
+        layer.round_to_nearest(weight)
+        return "nearest", 0
+    codes, parameters = result.codes, Parameters(result.scale, result.zero)
+    if spec.w_sym:  # stored as two's complement without zero points
+        codes, parameters = codes - 2 ** (spec.wbits - 1), parameters._replace(zero=torch.zeros_like(result.zero))
+    layer.set_weight(codes, parameters)
+    return "gptq", result.dead_columns
+
+
+def collect_hessians(model: nn.Module, config: QDiTConfig, calibration: Calibration) -> dict[str, Hessian]:
+    """The Hessian of every layer as GPTQ sees it when it quantises a copy of `model` with `config`."""
+    targets = find_targets(model, config)
+    weights = {target.name: full_weight(model, target)[0] for target in targets}
+    biases = {target.name: full_weight(model, target)[1] for target in targets}
+    model = copy.deepcopy(model)
+    layers = {target.name: install(model, target).to(weights[target.name].device) for target in targets}
+    for name, bias in biases.items():
+        if bias is not None:
+            layers[name].bias = nn.Parameter(bias, requires_grad=False)
+    rounding = _Rounding(targets, layers, weights)
+    rounding.gptq(model, calibration)
+    return rounding.hessians
 
 
 def cost_of(target: Target) -> LayerCost:

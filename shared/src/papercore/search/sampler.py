@@ -1,0 +1,229 @@
+"""The evolutionary search as an Optuna sampler, so that storage, resume and parallel workers are Optuna's.
+
+Trial i belongs to generation i // population. Generation 0 is the start genomes and random legal ones. In every later
+generation the first half are crossovers of two of the best genomes evaluated before it, the second half mutations of
+one. A genome over the budget or already seen is drawn again; when that fails too often, a random legal one takes its
+place. What is drawn for trial i depends on the seed, on i, and on the trials before it.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from papercore.errors import InputError
+from papercore.progress import Progress
+from papercore.rundir import drop_torn_line
+from papercore.search.operators import Genome, crossover, keep_best, mutate, repair
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+ALIVE = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.PRUNED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What is searched.
+
+    Args:
+        genes: name of every gene and its choices, from the most to the least expensive (repair moves that way).
+        fits: whether a genome is within the budget.
+        start: genomes to evaluate first; those that do not fit are left out.
+    """
+
+    genes: Mapping[str, Sequence[int | float | str | None]]
+    fits: Callable[[Genome], bool] = lambda genome: True
+    start: Sequence[Genome] = ()
+
+    def __post_init__(self) -> None:
+        if not self.genes or any(len(choices) == 0 for choices in self.genes.values()):
+            raise InputError(
+                "search space", found="a gene without choices, or no gene", expected="choices for every gene"
+            )
+        cheapest = tuple(len(choices) - 1 for choices in self.genes.values())
+        if not self.fits(cheapest):
+            raise InputError("budget", found="one below the cheapest configuration", expected="a larger one")
+
+    def values(self, genome: Genome) -> dict[str, Any]:
+        return {name: choices[i] for (name, choices), i in zip(self.genes.items(), genome, strict=True)}
+
+    def random(self, generator: random.Random) -> Genome:
+        """A random genome within the budget: uniform, repaired in random order."""
+        counts = [len(choices) for choices in self.genes.values()]
+        order = generator.sample(range(len(counts)), len(counts))
+        return repair([generator.randrange(n) for n in counts], order, counts, self.fits)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluated genome."""
+
+    genome: Genome
+    fitness: float
+
+
+class EvolutionSampler(BaseSampler):
+    """See the module.
+
+    Args:
+        space: what is searched.
+        population: trials of a generation.
+        top_k: how many of the best are parents.
+        mutation: probability that a gene is redrawn in a mutation.
+        seed: of everything random.
+        tries: how often a place is drawn again, in populations.
+    """
+
+    def __init__(
+        self, space: Space, *, population: int, top_k: int, mutation: float, seed: int, tries: int = 10
+    ) -> None:
+        if population < 1 or top_k < 1 or not 0 <= mutation <= 1:
+            raise InputError("search", found=f"{population}, {top_k}, {mutation}", expected="population, top_k >= 1")
+        self.space, self.population, self.top_k = space, population, top_k
+        self.mutation, self.seed, self.tries = mutation, seed, tries
+
+    # ---- Optuna's interface
+
+    def infer_relative_search_space(self, study: "Study", trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: CategoricalDistribution(list(choices)) for name, choices in self.space.genes.items()}
+
+    def sample_relative(
+        self,
+        study: "Study",
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        before = [t for t in study.get_trials(deepcopy=False, states=ALIVE) if t.number < trial.number]
+        genome = self.propose(len(before), [self.evaluation(t) for t in before])
+        return self.space.values(genome)
+
+    def sample_independent(
+        self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise InputError("parameter", found=param_name, expected=f"one of {', '.join(self.space.genes)}")
+
+    # ---- what it does
+
+    def evaluation(self, trial: FrozenTrial) -> tuple[float | None, Genome]:
+        """(fitness, genome) of a trial; fitness None while it runs, genome () while its worker writes it."""
+        genome: Genome = ()
+        if self.space.genes.keys() <= trial.params.keys():
+            genome = tuple(list(choices).index(trial.params[name]) for name, choices in self.space.genes.items())
+        return (trial.value if trial.state == TrialState.COMPLETE else None), genome
+
+    def propose(self, index: int, before: Sequence[tuple[float | None, Genome]]) -> Genome:
+        """The genome of trial `index`, given those before it in order."""
+        generator = random.Random(f"{self.seed}/{index}")  # noqa: S311 - not for secrets
+        seen = {genome for _, genome in before}
+        start = [genome for genome in self.space.start if self.space.fits(genome)]
+        if index < len(start):
+            return start[index]
+        generation, place = divmod(index, self.population)
+        first = generation * self.population
+        scored = [(fitness, genome) for fitness, genome in before[:first] if fitness is not None]
+        parents = [genome for _, genome in keep_best([], scored, self.top_k)]
+        counts = [len(choices) for choices in self.space.genes.values()]
+        for _ in range(self.tries * self.population if parents else 0):
+            if place < self.population // 2:
+                a, b = generator.choice(parents), generator.choice(parents)
+                child = crossover(a, b, [generator.random() for _ in counts])
+            else:
+                parent, draws = generator.choice(parents), [generator.randrange(n) for n in counts]
+                child = mutate(parent, draws, [generator.random() for _ in counts], self.mutation)
+            if child not in seen and self.space.fits(child):
+                return child
+        for _ in range(self.tries * self.population):
+            child = self.space.random(generator)
+            if child not in seen:
+                return child
+        return self.space.random(generator)  # the space is exhausted: a repetition
+
+
+def open_study(storage: str | Path | None, name: str, sampler: BaseSampler, *, alone: bool = True) -> "Study":
+    """The study `name` in a storage: None (memory), a database URL, or a file of JSON lines that is only appended to.
+
+    A last line of such a file that a crash has torn is cut off when this worker is `alone` with it.
+
+    Raises:
+        InputError: the storage cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    opened: Any = storage
+    if storage is not None and "://" not in str(storage):
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        path = Path(storage)
+        if path.is_dir():
+            raise InputError("is a folder", where=path, expected="a file, or a database URL")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if alone:
+            drop_torn_line(path)
+        opened = JournalStorage(JournalFileBackend(str(path)))
+    try:
+        return optuna.create_study(storage=opened, study_name=name, sampler=sampler, load_if_exists=True)
+    except Exception as error:
+        raise InputError("search storage", where=storage, found=str(error), expected="a storage of Optuna") from error
+
+
+def run_search(
+    study: "Study",
+    sampler: EvolutionSampler,
+    evaluate: Callable[[Genome], float],
+    evaluations: int,
+    *,
+    description: Mapping[str, Any],
+    alone: bool = True,
+    label: str = "search",
+) -> list[Evaluation]:
+    """Evaluates until `evaluations` are finished, all workers together; gives them in order.
+
+    A worker that was killed leaves an unfinished trial. When this worker is alone, such trials are discarded first, so
+    that the search goes on exactly as if it had not been interrupted; their place is drawn again.
+
+    Args:
+        evaluate: genome -> fitness, smaller is better. NaN counts as the worst.
+        description: of the search (space, seed, limit); a storage that holds another search is refused.
+        alone: False while other workers use the same storage.
+
+    Raises:
+        InputError: the storage holds another search.
+    """
+    known = study.user_attrs.get("description")
+    if known is None:
+        study.set_user_attr("description", dict(description))
+    else:
+        for key in sorted(set(known) | set(description)):
+            if known.get(key) != description.get(key):
+                raise InputError(
+                    f"search setting {key}",
+                    where=study.study_name,
+                    found=repr(known.get(key)),
+                    expected=repr(description.get(key)),
+                    hint="this storage holds another search",
+                )
+    if alone:
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            study.tell(trial.number, state=TrialState.FAIL)
+
+    def finished() -> list[FrozenTrial]:
+        return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    done = len(finished())
+    with Progress(label, evaluations, start=done) as progress:
+        while len(finished()) < evaluations:
+            trial = study.ask()
+            for name in sampler.space.genes:
+                trial.suggest_categorical(name, list(sampler.space.genes[name]))
+            _, genome = sampler.evaluation(study.trials[trial.number])
+            value = evaluate(genome)
+            study.tell(trial, value if value == value else float("inf"))
+            progress.advance(f"best {study.best_value:.4g}")
+    return [Evaluation(sampler.evaluation(trial)[1], float(trial.value or 0.0)) for trial in finished()]
