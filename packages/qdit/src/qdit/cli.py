@@ -342,32 +342,24 @@ class Sample(cli.Command):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(cli.Command):
-    """Frechet distance between sampled and real pictures."""
+    """Compare sampled with real pictures: Frechet distance, sFID, inception score, precision, recall.
+
+    Which of them depends on what the feature space gives; digits gives all but sFID.
+    """
 
     samples: Positional[Path]
-    """.npz of uint8 images (key arr_0)"""
+    """.npz of uint8 images (key arr_0), or of features (key features)"""
     reference: str = "digits"
-    """.npz of real images, or digits"""
+    """.npz of real images, of features, or of statistics (mu, sigma); or digits"""
     features: str = "digits"
-    """feature space: digits (a classifier trained on them), pixels, or module:function"""
+    """feature space: digits (a classifier trained on them), pixels, inception, or module:function"""
+    inception_weights: Path | None = None
+    """torch-fidelity's weight file, for --features inception"""
 
     def run(self) -> Mapping[str, Any]:
-        from papercore.images import read_images
+        from qdit.evaluate import evaluate_files
 
-        from qdit.evaluate import image_distance, reference_images
-
-        samples, reference = read_images(self.samples), reference_images(self.reference)
-        with located(self.samples):
-            distance, dimensions = image_distance(samples, reference, self.features)
-        few = min(len(samples), len(reference))
-        if few < dimensions:
-            say(f"warning: {few} images for {dimensions} feature dimensions: the distance is biased upward")
-        return {
-            "frechet_distance": distance,
-            "features": self.features,
-            "samples": len(samples),
-            "reference": len(reference),
-        }
+        return evaluate_files(self.samples, self.reference, self.features, self.inception_weights, say)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
