@@ -118,7 +118,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(trained, tmp_path, capsys):
             ("train", "--out", trained, "--steps", 31, "--width", 16, "--depth", 2),
             ("config.json", "field train.steps", "found 30", "expected 31"),
         ),
-        (("reproduce", "--scale", "full"), ("--scale", "full", "tiny")),
+        (("reproduce", "--scale", "full"), ("--scale", "full", "tiny or small")),
+        (("reproduce", "--scale", "small"), ("--data", "found nothing")),
+        (("reproduce", "--scale", "small", "--data", tmp_path), ("cifar10_dit_w256_d8_h4_p4.json", "cannot be read")),
     )
     capsys.readouterr()
     for arguments, words in cases:

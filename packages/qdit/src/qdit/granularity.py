@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
+from papercore.diffusion import frechet_distance, statistics
 from papercore.errors import InputError
+from papercore.images import images_to_uint8
 from papercore.quant import layer_cost
 from papercore.report import Picture, Table
 from papercore.search import EvolutionSampler, Genome, Space, open_study, run_search
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from qdit.calibration import Calibration
 from qdit.config import QDiTConfig
 from qdit.convert import collect_hessians, noise_error, quantize, round_layer
+from qdit.evaluate import Features, FeatureSpace, describe, feature_space
 from qdit.layers import QuantLinear
+from qdit.sampling import sample_many
 from qdit.targets import Target, find_targets, full_weight
 
 Fitness = Callable[[nn.Module], float]
@@ -66,6 +69,8 @@ def search_group_sizes(
     storage: str | Path | None = None,
     calibration: Calibration | None = None,
     held_out: Fitness | None = None,
+    rerank: Fitness | None = None,
+    reranked: int = 10,
     alone: bool = True,
 ) -> SearchResult:
     """Searches group sizes for the layers of `model`.
@@ -80,6 +85,7 @@ def search_group_sizes(
         population, top_k, iterations, mutation: of the evolutionary search; population x iterations evaluations.
         storage: None, a file that is only appended to, or a database URL; a search goes on from it.
         held_out: fitness on other inputs, measured for the best ten and the uniform sizes.
+        rerank: another fitness by which the `reranked` best are ordered again at the end; proxies mislead.
         alone: False while other workers search on the same storage.
 
     Raises:
@@ -136,13 +142,20 @@ def search_group_sizes(
     unique = {evaluation.genome: evaluation.fitness for evaluation in found}
     ranked = sorted(unique, key=lambda genome: unique[genome])
 
+    second: dict[Genome, float] = {}
+    if rerank is not None:
+        second = {genome: rerank(candidates.switch(genome)) for genome in ranked[:reranked]}
+        ranked = [*sorted(second, key=lambda genome: second[genome]), *ranked[reranked:]]
+
     def row(label: str, genome: Genome) -> tuple[Any, ...]:
         value = unique[genome] if genome in unique else fitness(candidates.switch(genome))
         other = held_out(candidates.switch(genome)) if held_out is not None else None
         cost = costs(targets, config, list(named(genome).values()))
-        return label, value, other, cost["bits_per_weight"], int(cost["rescales_per_token"])
+        if rerank is not None and genome not in second:
+            second[genome] = rerank(candidates.switch(genome))
+        return label, value, other, second.get(genome), cost["bits_per_weight"], int(cost["rescales_per_token"])
 
-    columns = ("candidate", "fitness", "held-out fitness", "bits/weight", "rescales/token")
+    columns = ("candidate", "fitness", "held-out fitness", "second fitness", "bits/weight", "rescales/token")
     rows = [row(f"searched {place + 1}", genome) for place, genome in enumerate(ranked[: min(10, top_k)])]
     rows += [row(f"uniform {size}", genome) for size, genome in zip(sizes, uniform, strict=True)]
     front = pareto([(unique[g], costs(targets, config, list(named(g).values()))["bits_per_weight"]) for g in ranked])
@@ -248,16 +261,28 @@ def noise_fitness(model: nn.Module, calibration: Calibration) -> Fitness:
 def frechet_fitness(
     reference: Tensor, space: str, labels: Int[Tensor, " n"], *, steps: int, guidance: float | None, seed: int
 ) -> Fitness:
-    """Frechet distance of a candidate's samples to `reference` (uint8 images), the same noise and labels every time."""
-    from papercore.images import images_to_uint8
+    """Frechet distance of a candidate's samples to `reference` (uint8 images) in a named feature space, with the same
+    noise and labels every time."""
+    extract = feature_space(space)
+    real = describe(reference, extract)
+    return frechet_fitness_in(extract, real, labels, steps=steps, guidance=guidance, seed=seed)
 
-    from qdit.evaluate import image_distance
-    from qdit.sampling import sample_many
+
+def frechet_fitness_in(
+    space: FeatureSpace,
+    reference: Features,
+    labels: Int[Tensor, " n"],
+    *,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+) -> Fitness:
+    """The same with given features of the reference."""
+    real = statistics(reference.features)
 
     def distance(candidate: nn.Module) -> float:
-        with torch.no_grad():
-            images = images_to_uint8(sample_many(candidate, labels, steps, guidance=guidance, seed=seed))
-        return image_distance(images, reference, space)[0]
+        images = images_to_uint8(sample_many(candidate, labels, steps, guidance=guidance, seed=seed))
+        return frechet_distance(*statistics(describe(images, space).features), *real)
 
     return distance
 

@@ -75,6 +75,15 @@ GRID: Mapping[str, QDiTConfig] = {
 
 
 def run(settings: Settings) -> Reproduction:
+    """The claims at the scale that is asked for."""
+    if settings.scale == "small":
+        from qdit import small
+
+        return small.run(settings)
+    return run_tiny(settings)
+
+
+def run_tiny(settings: Settings) -> Reproduction:
     """Trains, folds, quantises in all settings of `GRID`, measures, judges."""
     config = dataclasses.replace(DEFAULT, seed=settings.seed)
     result = train_digits(settings.out / "model", config, device=settings.device, label="qdit: training the digits DiT")
@@ -320,6 +329,6 @@ PAPER = Paper(
     package="qdit",
     title="Q-DiT: accurate post-training quantisation for diffusion transformers",
     reference="arXiv 2406.17343",
-    scales=("tiny",),
+    scales=("tiny", "small"),
     run=run,
 )
