@@ -34,7 +34,7 @@ def test_reproduce_measures_qdit_and_writes_one_page(tmp_path):
     assert "W4A8: smaller groups reduce the error" in page
     assert (tmp_path / "report.md").exists()
     # everything is there for a second look: the trained model is not trained again
-    assert (tmp_path / "qdit" / "model" / "config.json").exists()
+    assert (tmp_path / "qdit" / "model-seed0" / "config.json").exists()
 
 
 def test_wrong_options_of_papercore(tmp_path):

@@ -29,12 +29,18 @@ class Add(cli.Command):
     """how to fail"""
     names: tuple[str, ...] = ()
     """a list"""
+    seed: int = 0
+    """a seed"""
 
     def run(self) -> Mapping[str, Any]:
         if self.fail == "input":
             raise InputError("field x", where="f.json", found=1, expected="2")
         if self.fail == "work":
             raise WorkError("it broke")
+        if self.fail == "partly":
+            raise WorkError("it broke", result={"sum": 1})
+        if self.fail == "write":
+            Path("/dev/null/x").write_text("")
         if self.fail == "bug":
             raise KeyError("oops")
         if self.fail == "interrupt":
@@ -100,6 +106,40 @@ def test_wrong_yaml_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_failed_work_is_exit_code_1(capsys, fail, word):
     assert run("add", "--a", "1", "--fail", fail) == 1
     assert word in capsys.readouterr().err
+
+
+def test_what_there_is_is_shown_when_the_rest_failed(capsys):
+    assert run("add", "--a", "1", "--fail", "partly", "--json") == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"sum": 1}
+    assert err == "error: it broke\n"
+
+
+def test_unusable_paths_and_seeds_are_one_line(tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
+    (tmp_path / "empty.yaml").write_text("")
+    for arguments, words in (
+        (("--fail", "write"), "/dev/null/x: cannot be used"),
+        (("--seed", "-1"), "--seed: found -1"),
+        (("--seed", str(2**64)), "--seed"),
+        (("--fail", "a\0b"), "--fail: found a null character"),
+        (("--config", "x", "--config", "y"), "--config: found x and y"),
+        (("--config=",), "--config: found nothing"),
+        (("--config", str(tmp_path / "twice.yaml")), "twice.yaml:2: not YAML: found key a twice"),
+        (("--config", str(tmp_path / "empty.yaml")), "empty.yaml: the whole file: found nothing"),
+    ):
+        assert run("add", "--a", "1", *arguments) == 2, arguments
+        err = capsys.readouterr().err
+        assert words in err
+        assert err.count("\n") == 1
+
+
+def test_frames_without_box_characters_are_understood():
+    ascii_frame = (
+        " Value error      \n ---------------- \n  Error parsing --a: no number.\n  -------\n  For full helptext\n"
+    )
+    assert cli.condense(ascii_frame) == "Error parsing --a: no number"
+    assert cli.condense(" Odd: --x  \n") == "Odd: --x"
 
 
 def test_help_and_version(capsys):

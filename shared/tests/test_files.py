@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,17 @@ from papercore.images import (
     read_images,
     write_images,
 )
-from papercore.rundir import RunDir, append_line, atomic, read_json, read_lines, write_json, write_text
+from papercore.rundir import (
+    RunDir,
+    append_line,
+    atomic,
+    claim_file,
+    claim_folder,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
 
 
 def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
@@ -79,6 +90,9 @@ def test_json_errors_name_file_and_line(tmp_path):
         read_json(tmp_path / "bad.json")
     with pytest.raises(InputError, match=r"absent\.json: cannot be read"):
         read_json(tmp_path / "absent.json")
+    (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(InputError, match=r"twice\.json: key a: found given twice"):
+        read_json(tmp_path / "twice.json")
     write_json(tmp_path / "good.json", {"path": Path("x")})
     assert read_json(tmp_path / "good.json") == {"path": "x"}
 
@@ -131,6 +145,24 @@ def test_yaml_errors_name_file_and_line(tmp_path):
         load_yaml(tmp_path / "bad.yaml")
 
 
+def test_outputs_are_checked_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    claim_folder(tmp_path / "a" / "b")
+    claim_file(tmp_path / "c" / "d.npz", ".npz")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert (tmp_path / "c").is_dir()
+    for call, words in (
+        (lambda: claim_folder(tmp_path / "file"), "is a file"),
+        (lambda: claim_folder(tmp_path / "file" / "x"), "cannot be made"),
+        (lambda: claim_file(tmp_path), "is a folder"),
+        (lambda: claim_file(Path()), "is a folder"),
+        (lambda: claim_file(tmp_path / "x.png", ".npz"), "found .png, expected .npz"),
+        (lambda: claim_file(tmp_path / "file" / "x"), "is a file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
 def test_located_adds_the_file_once():
     with pytest.raises(InputError, match=r"^outer: x: found 1"), located("outer"):
         raise InputError("x", found=1)
@@ -145,6 +177,11 @@ def test_images_round_trip(tmp_path):
     assert torch.equal(images_to_uint8(images_from_uint8(images)), images)
 
 
+def save_one_array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -154,6 +191,8 @@ def test_images_round_trip(tmp_path):
         (lambda p: np.savez(p, arr_0=np.array([{}], dtype=object)), "cannot be read as .npz"),
         (lambda p: p.write_bytes(p.with_name("good.npz").read_bytes()[:-40]), "cannot be read as .npz"),
         (lambda p: None, "cannot be read as .npz"),
+        (save_one_array, "a single array"),
+        (lambda p: zipfile.ZipFile(p, "w").writestr("arr_0", "text"), "key arr_0: found bytes"),
     ],
 )
 def test_damaged_image_files_are_named(tmp_path, write, message):

@@ -120,6 +120,11 @@ def test_types_are_kept_and_computed_in_float32():
         assert torch.equal(y, fake_quantize(x.to(dtype).float(), 8, 32).to(dtype))
 
 
+def test_float16_does_not_overflow():
+    x = torch.tensor([[65504.0, -65504, 2, 3]]).half()
+    assert torch.isfinite(fake_quantize(x, 8, None)).all()
+
+
 def test_half_precision_scales_are_what_was_used():
     x = torch.randn(8, 64) * torch.logspace(-12, 2, 8)[:, None]
     scale = choose_parameters(x, 4, 32, scale_dtype=torch.float16).scale
@@ -170,7 +175,17 @@ def test_packing_is_a_little_endian_bit_stream():
         (lambda: choose_parameters(torch.ones(2, 4), 4, clip_ratio=0.0), ("clip ratio", "found 0.0")),
         (lambda: pack_codes(torch.tensor([16]), 4), ("codes", "found 16..16", "4 bits")),
         (lambda: unpack_codes(torch.zeros(1, 2, dtype=torch.uint8), 4, 5), ("packed row", "found 2 bytes", "3")),
+        (lambda: pack_codes(torch.tensor([-8, 15]), 4), ("codes", "found -8..15")),
+        (lambda: pack_codes(torch.tensor([1.5]), 4), ("codes", "float32")),
         (lambda: layer_cost(2, 4, 9, None), ("bits", "found 9")),
+        (lambda: layer_cost(0, 4, 4, None), ("rows", "found 0")),
+        (lambda: RangeObserver(99, None), ("bits", "found 99")),
+        (lambda: RangeObserver(8, -4), ("group size", "found -4")),
+        (lambda: RangeObserver(8, None).update(torch.full((1, 2), torch.nan)), ("not finite",)),
+        (
+            lambda: choose_parameters(torch.full((1, 2), 1e7), 4, scale_dtype=torch.float16),
+            ("scale", "above 65504", "float32"),
+        ),
         (lambda: RangeObserver(8, None).parameters(), ("no calibration batch",)),
         (lambda: RangeObserver(8, None, momentum=0), ("momentum", "found 0")),
     ],

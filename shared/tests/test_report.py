@@ -11,9 +11,10 @@ import papercore.gpu as gpu
 import pytest
 import torch
 from papercore.data.digits import classifier, digits, features
-from papercore.errors import InputError
+from papercore.errors import InputError, WorkError
 from papercore.report import Picture, Section, Table, write_html, write_markdown
 from papercore.reproduce import Claim, Paper, Reproduction, Settings, claims_table, installed, reproduce
+from papercore.rundir import write_text
 
 
 def picture() -> Picture:
@@ -65,10 +66,13 @@ def test_reproductions_are_collected_and_one_failure_does_not_stop_the_others(tm
         paper("good", lambda s: Reproduction(claims, pictures=[picture()], text="words")),
         paper("big", breaks, scales=("full",)),
     ]
-    table, errors = reproduce(papers, settings)
+    with pytest.raises(WorkError) as caught:
+        reproduce(papers, settings)
+    assert str(caught.value) == "broken: RuntimeError('no luck'); big: has no tiny reproduction (has: full)"
+    assert caught.value.result is not None
+    table = caught.value.result["claims"]
     assert [row[0] for row in table.rows] == ["good", "good"]
     assert [row[-1] for row in table.rows] == ["yes", "no"]
-    assert errors == {"broken": "RuntimeError('no luck')", "big": "has no tiny reproduction (has: full)"}
     page = (tmp_path / "report.html").read_text()
     assert "it is fast" in page
     assert "no luck" in page
@@ -76,6 +80,17 @@ def test_reproductions_are_collected_and_one_failure_does_not_stop_the_others(tm
     assert [claim["holds"] for claim in record["claims"]] == [True, False]
     assert record["errors"].keys() == {"broken", "big"}
     assert claims_table(claims).rows[0][0] == "C1"
+    assert len(reproduce(papers[1:2], settings).rows) == 2
+
+
+def test_wrong_input_of_one_paper_is_wrong_input_of_the_command(tmp_path):
+    def refuses(settings):
+        raise InputError("--data", found="nothing", expected="a folder")
+
+    settings = Settings("tiny", tmp_path, None, "cpu", 0, lambda text: None)
+    with pytest.raises(InputError, match="needs: --data: found nothing"):
+        reproduce([paper("needs", refuses)], settings)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_unknown_papers_are_named():
@@ -132,7 +147,9 @@ def statuses(table: Table) -> dict[str, str]:
 
 def test_the_most_valuable_work_comes_first_and_what_does_not_fit_waits(entries, monkeypatch):
     ran = []
-    monkeypatch.setattr(gpu, "run_one", lambda entry, seconds, request: (ran.append(entry.task.name), ("done", ""))[1])
+    monkeypatch.setattr(
+        gpu, "run_one", lambda entry, seconds, request, final: (ran.append(entry.task.name), ("done", ""))[1]
+    )
     tasks = [task("low", 1), task("high", 9), task("long", 5, minutes=60), task("odd", 7, requires=("no_such_module",))]
     tasks.append(task("data", 6, needs_data=True))
     table = gpu.run_queue(entries(tasks), 1, REQUEST, lambda text: None)
@@ -146,10 +163,10 @@ def test_the_most_valuable_work_comes_first_and_what_does_not_fit_waits(entries,
 def test_results_are_kept_and_old_versions_run_again(entries, monkeypatch, tmp_path):
     ran = []
 
-    def run_one(entry, seconds, request):
+    def run_one(entry, seconds, request, final):
         ran.append(entry.task.name)
         status = "failed" if entry.task.name == "bad" else "done"
-        gpu.write_json(entry.result, {"status": status, "version": entry.task.version, "tiny": False})
+        gpu.write_json(entry.result(request), {"status": status, "version": entry.task.version})
         return status, ""
 
     monkeypatch.setattr(gpu, "run_one", run_one)
@@ -163,6 +180,13 @@ def test_results_are_kept_and_old_versions_run_again(entries, monkeypatch, tmp_p
     assert ran[-1] == "a"
     gpu.run_queue(entries(tasks), 1, gpu.Request("cpu", True, None), lambda text: None)
     assert ran.count("a") == 3  # a result at full size says nothing about a tiny run, and the other way round
+    gpu.run_queue(entries(tasks), 1, gpu.Request("cuda", False, None), lambda text: None)
+    assert ran.count("a") == 4  # nor one on the CPU about the GPU
+    assert sorted(path.name for path in (tmp_path / "papercore").glob("a*")) == [
+        "a.cpu.json",
+        "a.cpu.tiny.json",
+        "a.json",
+    ]
 
 
 def test_a_task_that_hangs_costs_only_itself(entries, monkeypatch, tmp_path):
@@ -173,7 +197,31 @@ def test_a_task_that_hangs_costs_only_itself(entries, monkeypatch, tmp_path):
     begun = time.monotonic()
     assert gpu.run_one(entry, 0.5, REQUEST)[0] == "timeout"
     assert time.monotonic() - begun < 20
-    assert json.loads(entry.result.read_text())["status"] == "timeout"
+    assert json.loads(entry.result(REQUEST).read_text())["status"] == "timeout"
+
+
+def test_work_cut_off_by_the_end_of_the_time_stays_pending(entries, monkeypatch):
+    real = subprocess.run
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: real(sleeper, **options))
+    tasks = [task("slow", 1, minutes=0.001)]
+    table = gpu.run_queue(entries(tasks), 0.01, REQUEST, lambda text: None)
+    assert statuses(table) == {"slow": "pending"}
+    assert "cut off" in table.rows[0][5]
+    assert statuses(gpu.list_queue(entries(tasks), REQUEST)) == {"slow": "pending"}
+
+
+def test_damaged_results_and_odd_times_are_named(entries, tmp_path):
+    (entry,) = entries([task("a", 1)])
+    for damage in ("[]", "{}", '{"status": "great"}'):
+        write_text(entry.result(REQUEST), damage)
+        with pytest.raises(InputError, match=r"a\.cpu\.json: status"):
+            gpu.list_queue([entry], REQUEST)
+    for minutes in (float("nan"), 0.0, float("inf")):
+        with pytest.raises(InputError, match="--minutes"):
+            gpu.run_queue([entry], minutes, REQUEST, lambda text: None)
+    with pytest.raises(InputError, match="--data"):
+        gpu.run_queue([entry], 1, gpu.Request("cpu", False, tmp_path / "absent"), lambda text: None)
 
 
 def test_own_tasks_run_on_the_cpu_at_tiny_size(tmp_path):
@@ -181,7 +229,7 @@ def test_own_tasks_run_on_the_cpu_at_tiny_size(tmp_path):
     assert [entry.task.name for entry in found] == ["check-quantisers", "check-training", "benchmark-fake-quantize"]
     table = gpu.run_queue(found, 5, gpu.Request("cpu", True, None), lambda text: None)
     assert statuses(table) == dict.fromkeys((entry.task.name for entry in found), "done"), table.rows
-    record = json.loads((tmp_path / "papercore" / "check-quantisers.json").read_text())
+    record = json.loads((tmp_path / "papercore" / "check-quantisers.cpu.tiny.json").read_text())
     assert record["result"]["differing"] == 0
     assert record["device"] == "cpu"
     with pytest.raises(InputError, match="--only"):
@@ -196,7 +244,7 @@ def test_a_failing_check_is_recorded_with_its_reason(entries, monkeypatch, tmp_p
     status, note = gpu.run_one(entry, 30, REQUEST)
     assert status == "failed"
     assert "3 of 9 differ" in note
-    assert "3 of 9 differ" in json.loads(entry.result.read_text())["error"]
+    assert "3 of 9 differ" in json.loads(entry.result(REQUEST).read_text())["error"]
 
 
 def test_torch_is_what_the_checks_measure():

@@ -168,13 +168,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     fit(tmp_path)
-    with pytest.raises(InputError, match="checkpoint of another model"):
+    with pytest.raises(InputError, match="checkpoint of another"):
         train(nn.Linear(5, 2), TensorDataset(X, Y), loss, SHORT, tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"steps": 0}, "steps"), ({"ema": 1.0}, "ema"), ({"learning_rate": 0.0}, "learning_rate")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"ema": 1.0}, "ema"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.inf}, "learning_rate"),
+        ({"warmup": -1}, "warmup"),
+        ({"clip_norm": math.nan}, "clip_norm"),
+        ({"weight_decay": math.nan}, "weight_decay"),
+        ({"schedule": "odd"}, "schedule"),
+        ({"mixed_precision": "fp8"}, "mixed_precision"),
+    ],
 )
 def test_bad_settings(changes, message):
     with pytest.raises(InputError, match=message):
@@ -188,3 +199,51 @@ def test_batches_must_divide_and_data_must_exist(tmp_path):
         train(build(), TensorDataset(X[:0], Y[:0]), loss, SHORT, tmp_path / "b", device="cpu")
     with pytest.raises(InputError, match="device"):
         train(build(), TensorDataset(X, Y), loss, SHORT, tmp_path / "c", device="tpu")
+
+
+def test_data_may_be_augmented_with_torchs_generator(tmp_path):
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, index):
+            return X[index] + torch.rand(5), Y[index]
+
+    whole = train(build(), Noisy(), loss, SHORT, tmp_path / "whole", device="cpu")
+    with pytest.raises(StoppedError):
+        train(build(), Noisy(), stopping(6), SHORT, tmp_path / "cut", device="cpu")
+    assert equal(train(build(), Noisy(), loss, SHORT, tmp_path / "cut", device="cpu").model, whole.model)
+
+
+def test_a_checkpoint_belongs_to_its_configuration(tmp_path):
+    fit(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="checkpoint of another run"):
+        fit(tmp_path, dataclasses.replace(SHORT, seed=1))
+
+
+def test_a_diverged_state_never_replaces_a_good_checkpoint(tmp_path):
+    calls = 0
+
+    def diverging(model, batch, generator):
+        nonlocal calls
+        calls += 1
+        return loss(model, batch, generator) * (math.nan if calls > 4 else 1)
+
+    config = dataclasses.replace(SHORT, checkpoint_every=2, log_every=12)
+    with pytest.raises(WorkError, match="at step 6"):
+        train(build(), TensorDataset(X, Y), diverging, config, tmp_path, device="cpu")
+    resumed = fit(tmp_path, config)
+    assert all(torch.isfinite(value).all() for value in resumed.model.state_dict().values())
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    fit(tmp_path)
+    (tmp_path / ".checkpoint.safetensors.abcd1234").write_bytes(b"half")
+    fit(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.json",
+        "environment.json",
+        "log.jsonl",
+    ]

@@ -110,7 +110,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(trained, tmp_path, capsys):
         (("sample", tmp_path / "absent", "--out", tmp_path / "s.npz"), ("absent", "config.json")),
         (("sample", trained, "--out", tmp_path / "s.npz", "--labels", "1,x"), ("--labels", "1,x")),
         (("sample", trained, "--out", tmp_path / "s.npz", "--labels", "12"), ("labels", "12..12", "0..10")),
-        (("sample", trained, "--out", tmp_path / "s.npz", "--steps", "0"), ("sampling steps", "found 0")),
+        (("sample", trained, "--out", tmp_path / "s.npz", "--steps", "0"), ("--steps", "found 0")),
         (("sample", trained, "--out", tmp_path / "s.npz", "--count", "0"), ("--count", "found 0")),
         (("evaluate", notes), ("notes.npz", "cannot be read as .npz")),
         (("train", "--out", trained, "--width", 17), ("--width", "17")),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from papercore import cli
 from papercore.errors import InputError, WorkError
+from papercore.rundir import claim_folder
 
 
 def say(text: str) -> None:
@@ -33,17 +34,15 @@ class Reproduce(cli.Command):
     """of everything random"""
 
     def run(self) -> Mapping[str, Any]:
-        from papercore.reproduce import Settings, installed, reproduce, reproduction_result
+        from papercore.reproduce import Settings, installed, reproduce
 
+        claim_folder(self.out)
         papers = installed(self.only)
         if not papers:
             raise InputError("no installed package offers a reproduction", hint="install one, for example qdit")
         settings = Settings(self.scale, self.out, self.data, self.device, self.seed, say)
-        summary, errors = reproduce(papers, settings)
-        if errors:
-            sys.stdout.write(cli.to_text({"claims": summary}))
-            raise WorkError("; ".join(f"{package}: {error}" for package, error in errors.items()))
-        return reproduction_result(summary, errors, self.out)
+        claims = reproduce(papers, settings)
+        return {"claims": claims, "report": self.out / "report.html"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +67,10 @@ class Gpu(cli.Command):
     """smallest sizes; such results do not count as done"""
 
     def run(self) -> Mapping[str, Any]:
-        from papercore.gpu import Request, list_queue, queue, run_queue
+        from papercore.gpu import EARLIER, Request, list_queue, queue, run_queue
 
+        if self.results is not None:
+            claim_folder(self.results)
         entries = queue(self.results, self.only)
         request = Request(self.device, self.tiny, self.data)
         if self.list:
@@ -80,10 +81,9 @@ class Gpu(cli.Command):
             if not torch.cuda.is_available():
                 raise InputError("--device", found="no CUDA GPU", expected="one", hint="--list shows the queue")
         table = run_queue(entries, self.minutes, request, say, retry=self.retry)
-        failed = [row[0] for row in table.rows if row[4] in ("failed", "timeout")]
+        failed = [row[0] for row in table.rows if row[4] in ("failed", "timeout") and row[5] != EARLIER]
         if failed:
-            sys.stdout.write(cli.to_text({"queue": table}))
-            raise WorkError(f"failed: {', '.join(failed)}")
+            raise WorkError(f"failed: {', '.join(failed)}", result={"queue": table})
         return {"queue": table}
 
 

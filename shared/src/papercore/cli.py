@@ -11,6 +11,8 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import math
+import os
 import re
 import sys
 import traceback
@@ -42,6 +44,7 @@ def main(
 ) -> int:
     """Runs one of `commands` and gives the exit code: 0 done, 1 the work failed, 2 input or options are wrong."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = False
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print_commands(program, commands, description)
@@ -55,25 +58,38 @@ def main(
         command = parse(f"{program} {name}", commands[name], rest)
         if command is None:
             return DONE
-        result = command.run()
-        write(json.dumps(to_json(result), indent=2) + "\n" if command.json else to_text(result))
+        as_json = command.json
+        show(command.run(), as_json)
         return DONE
     except InputError as error:
         complain(str(error))
         return WRONG_INPUT
     except WorkError as error:
+        if error.result is not None:
+            show(error.result, as_json)
         complain(str(error))
-        return FAILED
-    except KeyboardInterrupt:
-        complain("interrupted")
         return FAILED
     except BrokenPipeError:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.close()
         return DONE
+    except OSError as error:
+        if error.filename is None:
+            traceback.print_exc()
+            return FAILED
+        complain(f"{error.filename}: cannot be used: {error.strerror}")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return FAILED
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def show(result: Mapping[str, Any], as_json: bool) -> None:
+    """Prints a command's result for machines or for people."""
+    write(json.dumps(to_json(result), indent=2) + "\n" if as_json else to_text(result))
 
 
 def parse(program: str, cls: type[Command], arguments: Sequence[str]) -> Command | None:
@@ -102,37 +118,58 @@ def parse(program: str, cls: type[Command], arguments: Sequence[str]) -> Command
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
-            return tyro.cli(
+            command = tyro.cli(
                 cls,
                 prog=program,
                 args=list(arguments),
                 default=cls(**values),
                 config=(tyro.conf.OmitSubcommandPrefixes,),
             )
+        check_values(command)
+        return command
     except SystemExit as stop:
         if not stop.code:
             return None
         raise InputError(condense(heard.getvalue()), where=program, hint=f"see {program} --help") from None
 
 
+def check_values(command: Command) -> None:
+    """Raises InputError for what no command can use: seeds that torch does not take, paths with a null character."""
+    seed = getattr(command, "seed", 0)
+    if not 0 <= seed < 2**63:
+        raise InputError("--seed", found=seed, expected="0 to 2^63 - 1")
+    for field in dataclasses.fields(command):
+        if "\0" in str(getattr(command, field.name)):
+            raise InputError(f"--{field.name}", found="a null character", expected="none")
+
+
 def find_config(arguments: Sequence[str]) -> Path | None:
     """The value of `--config`, read before the other options because it gives their defaults."""
+    found: list[str] = []
     for position, argument in enumerate(arguments):
         if argument.startswith("--config="):
-            return Path(argument.partition("=")[2])
+            found.append(argument.partition("=")[2])
         if argument == "--config" and position + 1 < len(arguments):
-            return Path(arguments[position + 1])
-    return None
+            found.append(arguments[position + 1])
+    if len(found) > 1 or found == [""]:
+        raise InputError("--config", found=" and ".join(found) or "nothing", expected="one file")
+    return Path(found[0]) if found else None
 
 
 def condense(message: str) -> str:
-    """tyro's framed message as one line, without the frame, its title and the advice below the rule."""
-    lines = [line.strip("│╭╮╰╯ \n") for line in message.splitlines() if line.startswith(("│", " "))]
-    kept: list[str] = []
+    """tyro's framed message as one line, without the frame, its title and the advice below the rule.
+
+    Where the terminal has no box characters, the title is the first line and a rule of dashes follows it.
+    """
+    boxed = "│" in message
+    lines = [line.strip("│ ") for line in message.splitlines() if line.startswith("│") or not boxed]
+    blocks: list[list[str]] = [[]]
     for line in lines:
-        if re.fullmatch(r"─{3,}", line):
-            break
-        kept.append(line)
+        if re.fullmatch(r"[─-]{3,}", line):
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    kept = blocks[0] if boxed or len(blocks) == 1 else blocks[1]
     return " ".join(" ".join(kept).split()).rstrip(".") or " ".join(message.split())
 
 
@@ -156,7 +193,7 @@ def unfinished(program: str) -> int:
 
 
 def to_json(value: Any) -> Any:
-    """`value` as JSON can hold it: paths as text, tables as lists of records, NaN as null."""
+    """`value` as JSON can hold it: paths as text, tables as lists of records, NaN as null, infinity as text."""
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if hasattr(value, "records"):
@@ -165,8 +202,8 @@ def to_json(value: Any) -> Any:
         return to_json(dataclasses.asdict(value))
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
-    if isinstance(value, float) and value != value:
-        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if value != value else str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
@@ -198,4 +235,6 @@ def write(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    sys.stderr.write(f"error: {text}\n")
+    """One line on standard error, from the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"error: {text}\n")

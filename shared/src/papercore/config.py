@@ -37,7 +37,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: object) -> T:
 def check(cls: type, values: Any, where: object) -> dict[str, Any]:
     """The entries of `values` converted to the types of the fields of `cls`; fields that are absent stay absent."""
     if not isinstance(values, Mapping):
-        raise InputError("the whole file", where=where, found=values, expected="a mapping of field names to values")
+        found = "nothing" if values is None else values
+        raise InputError("the whole file", where=where, found=found, expected="a mapping of field names to values")
     hints = typing.get_type_hints(cls)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
     checked = {}
@@ -108,7 +109,7 @@ def load_yaml(path: Path) -> Any:
         InputError: the file cannot be read or is not YAML; names file and line.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)  # noqa: S506 - a safe loader
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
     except yaml.YAMLError as error:
@@ -117,6 +118,18 @@ def load_yaml(path: Path) -> Any:
         raise InputError(
             "not YAML", where=f"{path}{line}", found=getattr(error, "problem", None) or "?", expected="key: value lines"
         ) from error
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value} twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _is_number(text: str) -> bool:

@@ -1,7 +1,7 @@
 """The exceptions a user sees as one line instead of a traceback."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -43,7 +43,16 @@ class InputError(Exception):
 
 
 class WorkError(Exception):
-    """The input was right and the work failed all the same (training diverged, a worker died). Exit code 1."""
+    """The input was right and the work failed all the same (training diverged, a worker died). Exit code 1.
+
+    Args:
+        what: one line.
+        result: what there is to show in spite of it; printed like the result of a command.
+    """
+
+    def __init__(self, what: str, result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(what)
+        self.result = result
 
 
 @contextlib.contextmanager

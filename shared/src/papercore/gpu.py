@@ -23,6 +23,7 @@ from papercore.report import Table
 from papercore.rundir import environment, read_json, write_json
 
 GROUP = "papercore.gpu"
+EARLIER = "from an earlier call"
 COLUMNS = ("task", "kind", "value", "minutes", "status", "note")
 Status = Literal["done", "failed", "timeout", "pending"]
 
@@ -67,18 +68,30 @@ class Entry:
 
     package: str
     task: Task
-    result: Path
+    folder: Path
 
     @property
     def name(self) -> str:
         return f"{self.package}/{self.task.name}"
 
-    def status(self, tiny: bool = False) -> Status:
-        if not self.result.exists():
+    def result(self, request: Request) -> Path:
+        """Where the result is kept; trials on the CPU or at tiny size never touch that of a GPU."""
+        kind = (".cpu" if request.device == "cpu" else "") + (".tiny" if request.tiny else "")
+        return self.folder / f"{self.task.name}{kind}.json"
+
+    def status(self, request: Request) -> Status:
+        """Of the task's present version.
+
+        Raises:
+            InputError: the result file is damaged.
+        """
+        path = self.result(request)
+        if not path.exists():
             return "pending"
-        record = read_json(self.result)
-        fresh = record.get("version") == self.task.version and record.get("tiny") == tiny
-        return record["status"] if fresh else "pending"
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("status") not in ("done", "failed", "timeout"):
+            raise InputError("status", where=path, found=str(record)[:60], expected="the record of a task")
+        return record["status"] if record.get("version") == self.task.version else "pending"
 
 
 def queue(results: Path | None = None, only: Sequence[str] = ()) -> list[Entry]:
@@ -95,7 +108,7 @@ def queue(results: Path | None = None, only: Sequence[str] = ()) -> list[Entry]:
     entries = []
     for point in importlib.metadata.entry_points(group=GROUP):
         folder = results / point.name if results is not None else results_folder(point.name)
-        entries += [Entry(point.name, task, folder / f"{task.name}.json") for task in point.load()()]
+        entries += [Entry(point.name, task, folder) for task in point.load()()]
     for name in only:
         if not any(name in (entry.package, entry.name) for entry in entries):
             raise InputError("--only", found=name, expected=f"one of {', '.join(sorted({e.package for e in entries}))}")
@@ -126,20 +139,25 @@ def run_queue(
         minutes: time in all. A task whose expected time does not fit any more is left for the next call.
         retry: also run again what failed or ran out of time before.
     """
+    if not minutes > 0 or minutes == float("inf"):
+        raise InputError("--minutes", found=minutes, expected="a number above 0")
+    if request.data is not None and not request.data.is_dir():
+        raise InputError("--data", found=str(request.data), expected="a folder")
     deadline = time.monotonic() + 60 * minutes
     rows = []
     for entry in entries:
-        task, status, note = entry.task, entry.status(request.tiny), ""
+        task, status, note = entry.task, entry.status(request), ""
         left = deadline - time.monotonic()
         if status == "done" or (status != "pending" and not retry):
-            note = "from an earlier call"
+            note = EARLIER
         elif lacking(task, request):
             note = lacking(task, request)
         elif left < 60 * task.minutes * (0.01 if request.tiny else 1):
             note = f"needs {task.minutes:g} min, {max(0.0, left) / 60:.1f} left"
         else:
             say(f"{entry.name}: started ({task.minutes:g} min expected, {left / 60:.1f} left)")
-            status, note = run_one(entry, min(left, max(60.0, 180 * task.minutes)), request)
+            own = max(60.0, 180 * task.minutes)
+            status, note = run_one(entry, min(left, own), request, final=left >= own)
             say(f"{entry.name}: {status} {note}")
         rows.append((entry.name, task.kind, task.value, task.minutes, status, note))
     return Table("GPU queue", COLUMNS, rows)
@@ -148,7 +166,7 @@ def run_queue(
 def list_queue(entries: Sequence[Entry], request: Request) -> Table:
     """The queue as it stands, without running anything."""
     rows = [
-        (e.name, e.task.kind, e.task.value, e.task.minutes, e.status(request.tiny), lacking(e.task, request))
+        (e.name, e.task.kind, e.task.value, e.task.minutes, e.status(request), lacking(e.task, request))
         for e in entries
     ]
     return Table("GPU queue", COLUMNS, rows)
@@ -162,8 +180,13 @@ def lacking(task: Task, request: Request) -> str:
     return f"needs {', '.join(missing)}" if missing else ""
 
 
-def run_one(entry: Entry, seconds: float, request: Request) -> tuple[Status, str]:
-    """Runs one task in a process of its own and writes its record."""
+def run_one(entry: Entry, seconds: float, request: Request, *, final: bool = True) -> tuple[Status, str]:
+    """Runs one task in a process of its own and writes its record.
+
+    Args:
+        seconds: time for it.
+        final: whether running out of time is the task's fault; if not, it stays pending and nothing is written.
+    """
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome.json"
@@ -174,6 +197,8 @@ def run_one(entry: Entry, seconds: float, request: Request) -> tuple[Status, str
             status: Status = "done" if done.returncode == 0 else "failed"
             said = (done.stderr or "").strip()
         except subprocess.TimeoutExpired:
+            if not final:
+                return "pending", f"cut off after {seconds:.0f} s by the end of the queue's time"
             status, said = "timeout", f"stopped after {seconds:.0f} s"
         result = json.loads(outcome.read_text()) if outcome.exists() else None
     taken = time.monotonic() - begun
@@ -188,7 +213,7 @@ def run_one(entry: Entry, seconds: float, request: Request) -> tuple[Status, str
         "result": result,
         "error": None if status == "done" else said[-4000:],
     }
-    write_json(entry.result, record)
+    write_json(entry.result(request), record)
     return status, f"{taken:.0f} s" if status == "done" else said.splitlines()[-1] if said else ""
 
 

@@ -2,7 +2,9 @@
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,22 +37,36 @@ def read_images(path: Path) -> UInt8[Tensor, "n height width channels"]:
     Raises:
         InputError: not such a file, no `arr_0`, or not uint8 images; pickled arrays are refused.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise InputError("not an archive", where=path, found="a single array", expected=".npz with arr_0")
-            if "arr_0" not in archive.files:
-                raise InputError("key arr_0", where=path, found=", ".join(archive.files), expected="arr_0")
-            images = archive["arr_0"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            "cannot be read as .npz", where=path, found=str(error), expected="an .npz with arr_0"
-        ) from error
+    arrays = read_arrays(path, only="arr_0")
+    if "arr_0" not in arrays:
+        raise InputError("key arr_0", where=path, found=", ".join(arrays) or "no array", expected="arr_0")
+    images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise InputError(
             "arr_0", where=path, found=f"{images.dtype} {images.shape}", expected="uint8 [n, height, width, 1 or 3]"
         )
     return torch.from_numpy(images)
+
+
+def read_arrays(path: Path, *, only: str | None = None, without: str | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an `.npz` file; with `only`, the others are empty, with `without`, that one is left out.
+
+    Raises:
+        InputError: not such a file, or damaged; pickled arrays are refused.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError("not an archive", where=path, found="a single array", expected=".npz")
+            names = [name for name in archive.files if name != without]
+            arrays = {name: archive[name] if only in (None, name) else np.empty(0) for name in names}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError("cannot be read as .npz", where=path, found=str(error), expected="an .npz file") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"key {name}", where=path, found=type(array).__name__, expected="an array")
+    return arrays
 
 
 def grid_png(images: UInt8[Tensor, "n height width channels"], columns: int, *, zoom: int = 1, gap: int = 1) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from papercore.errors import InputError
+from papercore.errors import InputError, WorkError
 from papercore.report import Picture, Section, Table, write_html, write_markdown
 from papercore.rundir import environment, write_json
 
@@ -76,16 +76,29 @@ def installed(only: Sequence[str] = ()) -> list[Paper]:
     for name in only:
         if name not in found:
             raise InputError("--only", found=name, expected=f"one of {', '.join(sorted(found)) or 'none installed'}")
-    return [found[name].load() for name in sorted(only or found)]
+    papers = []
+    for name in sorted(only or found):
+        try:
+            papers.append(found[name].load())
+        except ImportError as error:
+            raise InputError(
+                f"package {name}", found=f"an import that fails ({error})", expected="all it needs"
+            ) from error
+    return papers
 
 
-def reproduce(papers: Sequence[Paper], settings: Settings) -> tuple[Table, dict[str, str]]:
-    """Runs the papers one after another; gives the table of claims and the errors of those that broke.
+def reproduce(papers: Sequence[Paper], settings: Settings) -> Table:
+    """Runs the papers one after another and gives the table of claims.
 
     Writes `report.html`, `report.md` and `claims.json` into `settings.out`. One paper that breaks does not stop the
     others.
+
+    Raises:
+        InputError: after the report is written, when papers could not run and their input was wrong in every case.
+        WorkError: the same, when one of them broke for another reason; carries the table.
     """
     rows, sections, errors, records = [], [], {}, []
+    wrong_input = True
     for paper in papers:
         if settings.scale not in paper.scales:
             errors[paper.package] = f"has no {settings.scale} reproduction (has: {', '.join(paper.scales)})"
@@ -94,11 +107,11 @@ def reproduce(papers: Sequence[Paper], settings: Settings) -> tuple[Table, dict[
         begun = time.monotonic()
         try:
             result = paper.run(dataclasses.replace(settings, out=settings.out / paper.package))
-        except InputError:
-            raise
         except Exception as error:
-            settings.say(f"{paper.package}: failed: {error!r}")
-            errors[paper.package] = repr(error)
+            told = str(error) if isinstance(error, InputError) else repr(error)
+            settings.say(f"{paper.package}: failed: {told}")
+            errors[paper.package] = told
+            wrong_input = wrong_input and isinstance(error, InputError)
             continue
         seconds = time.monotonic() - begun
         table = claims_table(result.claims, title=f"{paper.package}: claims at scale {settings.scale}")
@@ -116,18 +129,13 @@ def reproduce(papers: Sequence[Paper], settings: Settings) -> tuple[Table, dict[
     write_html(settings.out / "report.html", title, (Section("Summary", tables=(summary,)), *sections), facts)
     write_markdown(settings.out / "report.md", title, sections)
     write_json(settings.out / "claims.json", {"scale": settings.scale, "claims": records, "errors": errors})
-    return summary, errors
+    if errors:
+        told = "; ".join(f"{package}: {error}" for package, error in errors.items())
+        raise InputError(told) if wrong_input else WorkError(told, result={"claims": summary})
+    return summary
 
 
 def claims_table(claims: Sequence[Claim], title: str = "claims") -> Table:
     columns = ("claim", "statement", "paper", "measured here", "criterion", "holds")
     rows = [(c.name, c.statement, c.paper, c.measured, c.criterion, "yes" if c.holds else "no") for c in claims]
     return Table(title, columns, rows)
-
-
-def reproduction_result(summary: Table, errors: dict[str, str], out: Path) -> dict[str, object]:
-    """What a `reproduce` command prints."""
-    result: dict[str, object] = {"claims": summary}
-    if errors:
-        result["failed"] = errors
-    return {**result, "report": out / "report.html"}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from papercore.errors import InputError
+from papercore.errors import InputError, located
 
 
 @contextlib.contextmanager
@@ -36,6 +36,33 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def claim_folder(path: Path) -> None:
+    """Makes an output folder before the work begins, so that a wrong one costs no work.
+
+    Raises:
+        InputError: it is a file, or cannot be made.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError("is a file", where=path, expected="a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot be made: {error.strerror}", where=path, expected="a folder") from error
+
+
+def claim_file(path: Path, suffix: str = "") -> None:
+    """Checks the name of an output file and makes its folder before the work begins.
+
+    Raises:
+        InputError: it is a folder, has another suffix than `suffix`, or its folder cannot be made.
+    """
+    if path.is_dir() or not path.name:
+        raise InputError("is a folder", where=path, expected=f"a file {suffix}".rstrip())
+    if suffix and path.suffix != suffix:
+        raise InputError("name of the output", where=path, found=path.suffix or "no suffix", expected=suffix)
+    claim_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -52,7 +79,8 @@ def read_json(path: Path) -> Any:
         InputError: unreadable, or not JSON; names file and line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with located(path):
+            return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
     except json.JSONDecodeError as error:
@@ -61,12 +89,23 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that is given twice is an error and not silently the last one."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise InputError(f"key {twice}", found="given twice", expected="given once")
+    return made
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one record. A torn last line left by a crash is cut off first, so that it never swallows this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drop_torn_line(path)
     with path.open("ab") as file:
         file.write(json.dumps(record, default=str).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def drop_torn_line(path: Path) -> None:
@@ -116,6 +155,8 @@ class RunDir:
             InputError: the folder holds a run with another configuration, or `path` is a file.
         """
         run = cls(path)
+        for leftover in path.glob(".*.????????"):  # of processes that died while they wrote
+            leftover.unlink(missing_ok=True)
         if path.exists() and not path.is_dir():
             raise InputError("is a file", where=path, expected="a folder")
         wanted = json.loads(json.dumps(config, default=str))
@@ -134,8 +175,8 @@ class RunDir:
                         hint="this folder holds another run: choose another folder, or --no-resume to start anew",
                     )
         else:
-            write_json(path / "config.json", wanted)
             write_json(path / "environment.json", environment())
+            write_json(path / "config.json", wanted)
         return run
 
     @property

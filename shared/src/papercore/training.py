@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -67,13 +67,31 @@ class TrainConfig:
     """of the sample order and of everything random in the loss"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"field {name}", found=getattr(self, name), expected="at least 1")
-        if not self.learning_rate > 0:
-            raise InputError("field learning_rate", found=self.learning_rate, expected="above 0")
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("checkpoint_every", 1),
+            ("log_every", 1),
+            ("warmup", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"field {name}", found=value, expected=f"a whole number of at least {least}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError("field learning_rate", found=self.learning_rate, expected="a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError("field weight_decay", found=self.weight_decay, expected="a number of at least 0")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise InputError("field clip_norm", found=self.clip_norm, expected="a number above 0, or nothing")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError("field ema", found=self.ema, expected="in [0, 1)")
+        for name, allowed in (
+            ("schedule", ("constant", "cosine", "one-cycle")),
+            ("mixed_precision", ("no", "fp16", "bf16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"field {name}", found=getattr(self, name), expected=" or ".join(allowed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +118,6 @@ def train(
     *,
     device: str = "auto",
     resume: bool = True,
-    workers: int = 0,
     label: str = "train",
     provenance: Mapping[str, Any] | None = None,
 ) -> TrainResult:
@@ -114,7 +131,6 @@ def train(
         loss: see `Loss`; must take what is random from the generator, or from torch's global one.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         resume: False starts anew and overwrites the folder.
-        workers: processes that load data.
         provenance: further entries that a resumed run must share (model and data settings).
 
     Raises:
@@ -133,21 +149,18 @@ def train(
     out = Path(out)
     described = {"train": dataclasses.asdict(config), "processes": world, **(provenance or {})}
     checkpoint = out / "checkpoint.safetensors"
-    with accelerator.main_process_first():
-        run = RunDir.open(out, described, resume=resume or not main)
-        if main and not resume:
-            checkpoint.unlink(missing_ok=True)
+    run = open_run(accelerator, out, checkpoint, described, resume)
 
     model.to(accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
-    state = State(model, optimizer, config, accelerator)
+    state = State(model, optimizer, config, accelerator, f"{mix(json.dumps(described, sort_keys=True, default=str)):x}")
     begin = state.load(checkpoint) if checkpoint.exists() else 0
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if main:
-        run.keep_records(lambda record: record["step"] <= begin)
+        run.keep_records(lambda record: record.get("step", math.inf) <= begin)
 
     sampler = StepSampler(len(dataset), config, micro, world, rank, begin)  # pyright: ignore[reportArgumentType]
-    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    batches = iter(DataLoader(dataset, batch_sampler=sampler))
     started = time.monotonic()
     wrapped.train()
     with Progress(label, config.steps, start=begin, show=main) as progress:
@@ -155,9 +168,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             for part in range(config.accumulate):
-                batch = send_to_device(next(batches), accelerator.device)
                 seed = mix(config.seed, "step", step, part, rank)
-                torch.manual_seed(seed)
+                torch.manual_seed(seed)  # before the batch is read: data may be augmented with torch's generator
+                batch = send_to_device(next(batches), accelerator.device)
                 generator = torch.Generator(accelerator.device).manual_seed(seed)
                 last = part == config.accumulate - 1
                 with accelerator.autocast(), _synchronised(accelerator, wrapped, last):
@@ -177,10 +190,11 @@ def train(
                 reduced = accelerator.reduce(state.total, reduction="mean")
                 assert isinstance(reduced, Tensor)
                 state.total = reduced
+                mean = float(state.total) / state.stretch
+                if not math.isfinite(mean):
+                    raise WorkError(f"{label}: the loss is {mean} at step {done}; lower the learning rate")
             if logging:
-                state.loss = float(state.total) / state.stretch
-                if not math.isfinite(state.loss):
-                    raise WorkError(f"{label}: the loss is {state.loss} at step {done}; lower the learning rate")
+                state.loss = mean
                 state.total = torch.zeros_like(state.total)
                 state.stretch = 0
                 if main:
@@ -193,6 +207,24 @@ def train(
     state.use_average()
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).to("cpu").eval()
     return TrainResult(model, state.loss, config.steps, seconds, main)
+
+
+def open_run(
+    accelerator: Accelerator, out: Path, checkpoint: Path, described: Mapping[str, Any], resume: bool
+) -> RunDir:
+    """The run's folder, made or checked by the main process; what it finds wrong is raised in all of them."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            if not resume:
+                checkpoint.unlink(missing_ok=True)  # first: a checkpoint without its configuration must not survive
+            RunDir.open(out, described, resume=resume)
+        except InputError as error:
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise InputError(problem)
+    return RunDir(out)
 
 
 def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
@@ -279,9 +311,16 @@ class State:
     """What a checkpoint holds: weights, their average, the optimiser's moments; all in one safetensors file."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, accelerator: Accelerator
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        identity: str,
     ) -> None:
         self.model, self.optimizer, self.config, self.accelerator = model, optimizer, config, accelerator
+        self.identity = identity
+        """of the run's whole configuration"""
         self.loss = math.nan
         self.total = torch.zeros((), device=accelerator.device)
         """sum of the losses since the last line of the log, and over how many steps"""
@@ -311,7 +350,7 @@ class State:
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
         tensors["total"] = self.total
-        notes = {"step": step, "loss": self.loss, "stretch": self.stretch, "scaler": None}
+        notes = {"step": step, "loss": self.loss, "stretch": self.stretch, "scaler": None, "run": self.identity}
         if self.accelerator.scaler is not None:
             notes["scaler"] = self.accelerator.scaler.state_dict()
         # clones: weights that modules share may not share memory in the file
@@ -338,6 +377,9 @@ class State:
                 hint="--no-resume starts anew",
             ) from error
 
+        if notes.get("run") != self.identity:
+            raise InputError("checkpoint of another run", where=path, hint="--no-resume starts anew")
+
         def under(prefix: str) -> dict[str, Tensor]:
             return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -345,6 +387,18 @@ class State:
             self.model.load_state_dict(under("model."))
         except RuntimeError as error:
             raise InputError("checkpoint of another model", where=path, found=str(error).splitlines()[1:2]) from error
+        count = sum(parameter.requires_grad for parameter in self.model.parameters())
+        if (
+            "total" not in tensors
+            or len({name.split(".")[1] for name in tensors if name.startswith("optimizer.")}) != count
+        ):
+            raise InputError(
+                "damaged checkpoint",
+                where=path,
+                found="too few tensors",
+                expected="all",
+                hint="--no-resume starts anew",
+            )
         device = self.accelerator.device
         self.mean = {name: value.to(device) for name, value in under("mean.").items()}
         self.total = tensors["total"].to(device)

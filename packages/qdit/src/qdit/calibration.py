@@ -1,6 +1,7 @@
 """Inputs of the noise model as they occur when it samples: (x_t, t, y)."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,11 +35,12 @@ class Calibration:
 
     @torch.no_grad()
     def run(self, model: nn.Module, batch: "Calibration") -> Tensor:
-        """The noise that `model` predicts for `batch`."""
-        return predict_noise(model, batch.x, batch.t, batch.y)
+        """The noise that `model` predicts for `batch`, on the model's device."""
+        device = next((p.device for p in model.parameters()), batch.x.device)
+        return predict_noise(model, batch.x.to(device), batch.t.to(device), batch.y.to(device))
 
     def save(self, path: Path) -> None:
-        with atomic(path) as temporary:
+        with atomic(Path(path)) as temporary:
             save_file({"x": self.x.contiguous(), "t": self.t.contiguous(), "y": self.y.contiguous()}, temporary)
 
     @classmethod
@@ -110,10 +112,13 @@ def collect_calibration(
     Raises:
         InputError: numbers out of range.
     """
+    check_guidance(guidance)
     if samples < 1 or not 0 <= null_fraction <= 1:
         raise InputError(
             "calibration", found=f"{samples} samples, null fraction {null_fraction}", expected=">= 1, in [0, 1]"
         )
+    training = model.training
+    model.eval()  # label dropout would make the inputs random
     config = model.config
     shape = (config.in_channels, config.sample_size, config.sample_size)  # pyright: ignore[reportAttributeAccessIssue]
     classes: int = config.num_embeds_ada_norm  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
@@ -146,4 +151,13 @@ def collect_calibration(
         t = torch.tensor([timesteps[len(timesteps) - 1 - int(step)] for step in chosen])
         kept.append((x, t, torch.where(null, classes, labels)))
     x, t, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    model.train(training)
+    if not torch.isfinite(x).all():
+        raise InputError("sampled inputs", found="values that are not finite", expected="finite ones")
     return Calibration(x.to(device), t.to(device), y.to(device))
+
+
+def check_guidance(guidance: float | None) -> None:
+    """Raises InputError unless the guidance weight is None or a finite number."""
+    if guidance is not None and not math.isfinite(guidance):
+        raise InputError("guidance", found=guidance, expected="a finite number")

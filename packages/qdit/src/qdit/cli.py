@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 from papercore import cli
 from papercore.errors import InputError, located
+from papercore.rundir import claim_file, claim_folder
 
 Device = Literal["auto", "cpu", "cuda"]
 Positional = tyro.conf.Positional
@@ -55,8 +56,12 @@ class Train(cli.Command):
     """go on with the run in --out; --no-resume starts anew"""
 
     def run(self) -> Mapping[str, Any]:
+        for name in ("heads", "depth"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}", found=getattr(self, name), expected="at least 1")
         if self.width % self.heads or self.width < 4 or self.width % 4:
             raise InputError("--width", found=self.width, expected=f"a multiple of 4 and of the {self.heads} heads")
+        claim_folder(self.out)
         from qdit.train import DEFAULT, ModelSize, train_digits
 
         config = dataclasses.replace(
@@ -119,9 +124,13 @@ class Quantize(cli.Command):
     def run(self) -> Mapping[str, Any]:
         from qdit.config import QDiTConfig, read_plan
 
+        if self.out.resolve() == self.model.resolve():
+            raise InputError("--out", found=str(self.out), expected="another folder than that of the model")
         sizes: Any = None if self.group_size == "row" else self.group_size
         granularity: Any = self.act_granularity
         if self.group_sizes is not None:
+            if self.act_granularity != "token":
+                raise InputError("--act-granularity", found=self.act_granularity, expected="none beside --group-sizes")
             sizes, granularity = read_plan(self.group_sizes)
         with located("qdit quantize"):
             config = QDiTConfig(
@@ -143,6 +152,7 @@ class Quantize(cli.Command):
         from qdit.targets import find_targets
 
         device = pick_device(self.device)
+        claim_folder(self.out)
         model = load_pretrained(self.model).to(device)  # pyright: ignore[reportArgumentType]
         with located(self.group_sizes or self.model):
             find_targets(model, config)
@@ -184,6 +194,7 @@ class Calibrate(cli.Command):
         from qdit.calibration import collect_calibration
         from qdit.pipeline import load_pretrained
 
+        claim_file(self.out)
         model = load_pretrained(self.model).to(pick_device(self.device))  # pyright: ignore[reportArgumentType]
         calibration = collect_calibration(
             model,
@@ -242,6 +253,7 @@ class Search(cli.Command):
 
     def run(self) -> Mapping[str, Any]:
         limit = parse_limit(self.limit)
+        claim_folder(self.out)
         from papercore.report import Section, write_html, write_markdown
         from papercore.rundir import write_json
 
@@ -314,6 +326,9 @@ class Sample(cli.Command):
         classes = parse_labels(self.labels)
         if self.count < 1:
             raise InputError("--count", found=self.count, expected="at least 1")
+        if self.steps < 1:
+            raise InputError("--steps", found=self.steps, expected="at least 1")
+        claim_file(self.out, ".npz")
         import torch
         from papercore.images import grid_png, images_to_uint8, write_images
         from papercore.rundir import atomic
@@ -330,8 +345,12 @@ class Sample(cli.Command):
                 expected="1 or 3: this command writes pixels and decodes no latents",
             )
         labels = torch.tensor(classes).repeat_interleave(self.count)
-        with located("--labels"):
+        with located("qdit sample"):
             samples = sample_many(model, labels, self.steps, guidance=self.guidance, seed=self.seed)
+        if not torch.isfinite(samples).all():
+            raise InputError(
+                "samples", found="values that are not finite", expected="finite ones (is --guidance too large?)"
+            )
         images = images_to_uint8(samples)
         write_images(self.out, images)
         grid = self.out.with_suffix(".png")
@@ -378,17 +397,15 @@ class Reproduce(cli.Command):
     """where to compute"""
 
     def run(self) -> Mapping[str, Any]:
-        from papercore.errors import WorkError
-        from papercore.reproduce import Settings, reproduce, reproduction_result
+        from papercore.reproduce import Settings, reproduce
 
         from qdit.reproduce import PAPER
 
         if self.scale not in PAPER.scales:
             raise InputError("--scale", found=self.scale, expected=" or ".join(PAPER.scales))
-        summary, errors = reproduce([PAPER], Settings(self.scale, self.out, self.data, self.device, self.seed, say))
-        if errors:
-            raise WorkError("; ".join(errors.values()))
-        return reproduction_result(summary, errors, self.out)
+        claim_folder(self.out)
+        claims = reproduce([PAPER], Settings(self.scale, self.out, self.data, self.device, self.seed, say))
+        return {"claims": claims, "report": self.out / "report.html"}
 
 
 COMMANDS: dict[str, type[cli.Command]] = {
@@ -435,7 +452,10 @@ def parse_limit(text: str) -> int | dict[str, float]:
 def parse_labels(text: str) -> list[int]:
     """Raises InputError unless `text` is whole numbers separated by commas."""
     try:
-        return [int(part) for part in text.split(",")]
+        labels = [int(part) for part in text.split(",")]
+        if max(map(abs, labels)) < 2**31:
+            return labels
+        raise ValueError
     except ValueError:
         raise InputError("--labels", found=text, expected="whole numbers separated by commas") from None
 

@@ -17,7 +17,7 @@ from qdit.calibration import Calibration
 from qdit.config import QDiTConfig
 from qdit.layers import Backend, QuantLinear
 from qdit.rounding import Hessian, SingularHessianError, gptq
-from qdit.targets import Target, find_targets, full_weight, install
+from qdit.targets import Target, find_targets, full_weight, install, uninstall
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,7 +72,7 @@ def quantize(
         )
     targets = find_targets(model, config)
     full = {target.name: full_weight(model, target) for target in targets}
-    model = model if inplace else copy.deepcopy(model)
+    model = (model if inplace else copy.deepcopy(model)).eval()
     ranges: dict[str, Parameters] = {}
     if config.act == "static" and config.abits < 16:
         assert calibration is not None
@@ -205,7 +205,7 @@ def collect_hessians(model: nn.Module, config: QDiTConfig, calibration: Calibrat
     targets = find_targets(model, config)
     weights = {target.name: full_weight(model, target)[0] for target in targets}
     biases = {target.name: full_weight(model, target)[1] for target in targets}
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).eval()
     layers = {target.name: install(model, target).to(weights[target.name].device) for target in targets}
     for name, bias in biases.items():
         if bias is not None:
@@ -227,7 +227,7 @@ def cost_of(target: Target) -> LayerCost:
 
 def dequantize(model: M) -> M:
     """A copy of a quantised model with ordinary linear layers that hold the dequantised weights; activations are
-    no longer quantised. A fused `qkv` becomes one linear layer of that name.
+    no longer quantised. A fused `qkv` becomes its three layers again, so that the result saves like any model.
 
     Raises:
         InputError: the model is not quantised.
@@ -236,13 +236,11 @@ def dequantize(model: M) -> M:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     if not layers:
         raise InputError("the model is not quantised")
+    members = {target.name: target.members for target in model.qdit_targets}  # pyright: ignore
     for name, layer in layers:
-        linear = nn.Linear(layer.columns, layer.rows, bias=layer.bias is not None)
-        linear.weight.data = layer.dequantized().clone()
-        if layer.bias is not None:
-            linear.bias.data = layer.bias.data.clone()
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, linear)
+        uninstall(model, name, members[name], layer.dequantized(), layer.bias)
+    for note in ("qdit_config", "qdit_targets", "qdit_records"):
+        delattr(model, note)
     return model
 
 
@@ -253,6 +251,10 @@ def noise_error(model: nn.Module, quantised: nn.Module, calibration: Calibration
         before, after = (calibration.run(m, batch).double() for m in (model, quantised))
         change += float((after - before).square().sum())
         total += float(before.square().sum())
+    if total == 0:
+        raise InputError(
+            "calibration", found="no input, or a model that predicts nothing", expected="at least one input"
+        )
     return change / total
 
 

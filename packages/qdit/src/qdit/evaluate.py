@@ -8,7 +8,6 @@ features.
 
 import dataclasses
 import importlib
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from papercore.data import digits
 from papercore.diffusion import frechet_distance, statistics
 from papercore.errors import InputError, located
-from papercore.images import images_from_uint8, images_to_uint8, read_images
+from papercore.images import images_from_uint8, images_to_uint8, read_arrays, read_images
 from torch import Tensor
 
 from qdit.metrics import inception_score, precision_recall
@@ -60,7 +59,7 @@ def feature_space(name: str, weights: Path | None = None) -> FeatureSpace:
 
         return Inception(weights)
     module, colon, function = name.partition(":")
-    if not colon:
+    if not colon or not module or not function or module.startswith("."):
         raise InputError("feature space", found=name, expected="digits, pixels, inception or module:function")
     try:
         return getattr(importlib.import_module(module), function)
@@ -92,10 +91,22 @@ def describe(images: Tensor, space: FeatureSpace) -> Features:
     Raises:
         InputError: the space gives something else.
     """
-    found = space(images)
+    try:
+        with torch.no_grad():
+            found = space(images)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            "feature space", found=f"a function that fails ({error!r})", expected="features [n, d]"
+        ) from error
     if not isinstance(found, Mapping):
         found = {"features": found}
-    arrays = {key: np.asarray(value) for key, value in found.items() if value is not None}
+    arrays = {
+        key: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for key, value in found.items()
+        if value is not None
+    }
     return _checked(arrays, len(images), "feature space")
 
 
@@ -105,23 +116,14 @@ def read_features(path: Path) -> Features | None:
     Raises:
         InputError: not such a file; arrays of other shapes.
     """
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, without="arr_0")
     return _checked(arrays, None, path) if "features" in arrays else None
 
 
 def read_statistics(path: Path) -> dict[str, Array]:
     """`mu`, `sigma` and perhaps `mu_s`, `sigma_s` of a reference batch; empty when it has none."""
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, without="arr_0")
     return {name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in arrays}
-
-
-def read_arrays(path: Path) -> dict[str, Array]:
-    """The small arrays of an `.npz` file (all but the images); pickled ones are refused."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files if name != "arr_0"}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError("cannot be read as .npz", where=path, found=str(error), expected="an .npz file") from error
 
 
 def _checked(arrays: Mapping[str, Array], count: int | None, where: object) -> Features:

@@ -108,7 +108,7 @@ class QuantLinear(nn.Module):
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [N, K] int16, scale and zero point [N, G] float32."""
         codes = unpack_codes(self.qweight, self.spec.wbits, self.columns, signed=self.spec.w_sym)
-        scale = _from_bits(self.scale)
+        scale = scale_values(self.scale)
         return codes, scale, torch.zeros_like(scale) if self.spec.w_sym else self.zero.float()
 
     def dequantized(self) -> Float[Tensor, "rows columns"]:
@@ -128,7 +128,7 @@ class QuantLinear(nn.Module):
         """Scale and zero point of every token and group, [..., G]."""
         spec = self.spec
         if spec.act == "static":
-            scale, zero = _from_bits(self.act_scale), self.act_zero.float()
+            scale, zero = scale_values(self.act_scale), self.act_zero.float()
             return Parameters(scale.expand(*x.shape[:-1], -1), zero.expand(*x.shape[:-1], -1))
         if spec.act_granularity == "token" or x.numel() == 0:
             return choose_parameters(x, spec.abits, spec.group_size, symmetric=spec.a_sym)
@@ -215,5 +215,6 @@ def _to_bits(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return stored.view(torch.int16 if dtype == torch.float16 else torch.int32)
 
 
-def _from_bits(bits: Tensor) -> Tensor:
+def scale_values(bits: Tensor) -> Tensor:
+    """Stored scales, int16 or int32, as the float16 or float32 numbers whose bits they are; float32."""
     return bits.view(torch.float16 if bits.dtype == torch.int16 else torch.float32).float()

@@ -28,6 +28,14 @@ def from_original(
     Raises:
         InputError: a tensor is missing, left over, or has another shape; names it.
     """
+    for name, value in (
+        ("num_heads", num_heads),
+        ("patch_size", patch_size),
+        ("input_size", input_size),
+        ("num_classes", num_classes),
+    ):
+        if value < 1:
+            raise InputError(name, found=value, expected="at least 1")
     try:
         embedding = state_dict["x_embedder.proj.weight"]
         width, in_channels = embedding.shape[:2]

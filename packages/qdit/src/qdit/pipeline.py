@@ -13,14 +13,14 @@ import torch
 from diffusers import DiTTransformer2DModel
 from papercore.errors import InputError, located
 from papercore.report import Table
-from papercore.rundir import atomic, read_json, write_json
+from papercore.rundir import atomic, claim_folder, read_json, write_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdit.config import QDiTConfig
 from qdit.convert import LayerRecord, attach
-from qdit.layers import Backend, QuantLinear
+from qdit.layers import Backend, QuantLinear, scale_values
 from qdit.original import SHIFT_KEY, set_frequency_shift
 from qdit.targets import Target, find_targets, full_precision_layers, install
 
@@ -42,9 +42,16 @@ def save_pretrained(model: nn.Module, path: Path) -> None:
     if quantised is not None:
         config["quantization_config"] = describe(model)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    with atomic(Path(path) / WEIGHTS) as temporary:
+    folder = Path(path)
+    claim_folder(folder)
+    # a folder is a model only with its configuration: it goes first and comes last
+    (folder / "config.json").unlink(missing_ok=True)
+    for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):  # an index, shards, or weights of another model
+        if stale.name != WEIGHTS:
+            stale.unlink()
+    with atomic(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(Path(path) / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -77,10 +84,12 @@ def read_quantization_config(values: Mapping[str, Any], where: Path) -> QDiTConf
     Raises:
         InputError: another method or format, unknown key, wrong type; names the file and the field.
     """
+    if not isinstance(values, Mapping):
+        raise InputError("quantization_config", where=where, found=values, expected="a mapping")
     values = dict(values)
     for key, expected in (("quant_method", "qdit"), ("format", FORMAT)):
         found = values.pop(key, None)
-        if found != expected:
+        if found != expected or isinstance(found, bool):
             raise InputError(f"quantization_config.{key}", where=where, found=repr(found), expected=repr(expected))
     if not isinstance(values.get("group_sizes"), Mapping):
         raise InputError(
@@ -142,9 +151,14 @@ def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"field {key}", where=where, found=repr(value), expected="a whole number of at least 1")
+    epsilon, shift = plain.get("norm_eps", 1e-5), config.get(SHIFT_KEY, 1)
+    if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
+        raise InputError("field norm_eps", where=where, found=repr(epsilon), expected="a number between 0 and 1")
+    if not isinstance(shift, int | float):
+        raise InputError(f"field {SHIFT_KEY}", where=where, found=repr(shift), expected="a number")
     try:
         model = DiTTransformer2DModel(**plain)
-    except (TypeError, ValueError, NotImplementedError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, ValueError, NotImplementedError, ArithmeticError, RuntimeError, NameError, KeyError) as error:
         raise InputError(
             "configuration of a DiT", where=where, found=str(error), expected="diffusers' fields"
         ) from error
@@ -158,7 +172,8 @@ def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
     index = path / f"{WEIGHTS}.index.json"
     files = [path / WEIGHTS]
     if index.exists():
-        names = read_json(index).get("weight_map")
+        content = read_json(index)
+        names = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
             raise InputError(
                 "weight_map", where=index, found=names, expected="tensor names to file names in this folder"
@@ -216,8 +231,11 @@ def fill(
                 expected=str(integer),
                 hint="scales are stored as integers; the file was cast by another program, quantise again",
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        if integer is None and tensor.is_floating_point() != present.is_floating_point():
+            raise InputError(f"tensor {name}", where=file, found=str(tensor.dtype), expected=str(present.dtype))
+        values = scale_values(tensor) if integer is not None and name.endswith("scale") else tensor
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            bad = int((~torch.isfinite(values)).sum())
             raise InputError(f"tensor {name}", where=file, found=f"{bad} values that are not finite", expected="none")
     for name, (_, file) in tensors.items():
         if name not in wanted:

@@ -86,7 +86,8 @@ def run(settings: Settings) -> Reproduction:
 def run_tiny(settings: Settings) -> Reproduction:
     """Trains, folds, quantises in all settings of `GRID`, measures, judges."""
     config = dataclasses.replace(DEFAULT, seed=settings.seed)
-    result = train_digits(settings.out / "model", config, device=settings.device, label="qdit: training the digits DiT")
+    folder = settings.out / f"model-seed{settings.seed}"
+    result = train_digits(folder, config, device=settings.device, label="qdit: training the digits DiT")
     assert isinstance(result.model, DiTTransformer2DModel)
     calibration = collect_calibration(result.model, samples=256, seed=settings.seed + 1)
     held_out = collect_calibration(result.model, samples=512, seed=settings.seed + 2)

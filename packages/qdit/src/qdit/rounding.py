@@ -17,6 +17,7 @@ from jaxtyping import Float
 from papercore.errors import InputError
 from papercore.quant import Parameters, choose_parameters, group_dequantize
 from papercore.quant.affine import code_range, parameters_of_range, resolve_group_size
+from papercore.quant.packing import check_bits
 from torch import Tensor
 
 
@@ -104,6 +105,11 @@ def gptq(
         SingularHessianError: no damping was enough; round to nearest instead.
         InputError: shapes that do not fit.
     """
+    check_bits(bits)
+    if block_size < 1:
+        raise InputError("block_size", found=block_size, expected="at least 1")
+    if not torch.isfinite(weight).all():
+        raise InputError("weight", found="values that are not finite", expected="finite ones")
     h = (hessian.value if isinstance(hessian, Hessian) else hessian).double().clone()
     w = weight.detach().float().clone()
     rows, columns = w.shape

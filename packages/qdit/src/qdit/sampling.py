@@ -6,7 +6,7 @@ from papercore.diffusion import ddim_sample, guided, linear_alphas_cumprod, resp
 from papercore.errors import InputError
 from torch import Tensor, nn
 
-from qdit.calibration import predict_noise
+from qdit.calibration import check_guidance, predict_noise
 
 
 def sample(
@@ -32,6 +32,7 @@ def sample(
     Raises:
         InputError: labels that the model does not have, or a wrong number of them.
     """
+    check_guidance(guidance)
     classes = _classes(model)
     null = null_label if null_label is not None else classes
     if labels.shape != z.shape[:1]:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from papercore.errors import InputError
 from torch import nn
 
@@ -40,6 +41,10 @@ def find_targets(model: nn.Module, config: QDiTConfig) -> list[Target]:
         InputError: a pattern matches no layer, a layer has no group size, a group size exceeds its layer, the model is
             quantised already, or nothing is left to quantise.
     """
+    if isinstance(model, nn.Linear):
+        raise InputError("model", found="a single linear layer", expected="a module that contains linear layers")
+    if config.wbits == 16 and config.act == "none" and config.adaln_bits is None:
+        raise InputError("fields wbits and act", found="16 and none", expected="something to quantise")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise InputError("the model is quantised already", hint="quantise the full-precision model instead")
     candidates = list_layers(model)
@@ -47,7 +52,8 @@ def find_targets(model: nn.Module, config: QDiTConfig) -> list[Target]:
     names = [name for name, _ in candidates + adaln]
     for pattern in config.modules_to_not_convert:
         _require_match(pattern, names, "modules_to_not_convert")
-    candidates = [item for item in candidates if match(dict.fromkeys(config.modules_to_not_convert), item[0]) is None]
+    kept = dict.fromkeys(config.modules_to_not_convert)
+    candidates, adaln = ([item for item in items if match(kept, item[0]) is None] for items in (candidates, adaln))
     sizes = _sizes(config, [name for name, _ in candidates], names)
     granularities = config.act_granularity
     if isinstance(granularities, dict):
@@ -81,7 +87,7 @@ def list_layers(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
     prefixes = [f"transformer_blocks.{i}." for i in range(len(blocks))] if isinstance(blocks, nn.ModuleList) else [""]
     found: list[tuple[str, tuple[str, ...]]] = []
     for prefix in prefixes:
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(remove_duplicate=False):
             if not name.startswith(prefix) or not isinstance(module, nn.Linear):
                 continue
             if prefix and ".norm" in name[len(prefix) - 1 :]:
@@ -121,6 +127,24 @@ def install(model: nn.Module, target: Target) -> QuantLinear:
         parent.set_processor(FusedSelfAttention())  # pyright: ignore[reportCallIssue]
     setattr(parent, last, layer)
     return layer
+
+
+def uninstall(
+    model: nn.Module, name: str, members: tuple[str, ...], weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Puts linear layers of the given weight [N, K] and bias [N] into the place of the quantised layer `name`."""
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if len(members) > 1:
+        delattr(parent, last)
+        parent.set_processor(AttnProcessor2_0())  # pyright: ignore[reportCallIssue]
+    biases = bias.chunk(len(members)) if bias is not None else [None] * len(members)
+    for member, part, offset in zip(members, weight.chunk(len(members)), biases, strict=True):
+        linear = nn.Linear(part.shape[1], part.shape[0], bias=offset is not None, device=part.device)
+        linear.weight.data = part.detach().clone()
+        if offset is not None:
+            linear.bias.data = offset.detach().clone()
+        setattr(parent, member.rpartition(".")[2], linear)
 
 
 def full_weight(model: nn.Module, target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:

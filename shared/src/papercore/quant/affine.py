@@ -148,6 +148,10 @@ def parameters_of_range(
     scale = ((high if symmetric else high - low).clamp(min=floor)) / steps
     if scale_dtype == torch.float16:
         scale = scale.clamp(min=SMALLEST_FLOAT16).half().float()
+        if scale.isinf().any() and torch.isfinite(high).all():
+            raise InputError(
+                "scale", found="numbers above 65504", expected="float16 numbers", hint="use float32 scales"
+            )
     zero = torch.zeros_like(scale) if symmetric else (-low / scale).round().clamp(smallest, largest)
     return Parameters(scale, zero)
 
@@ -235,7 +239,11 @@ def fake_quantize_with(
     ratio = groups / scale
     rounded: Tensor = StraightThroughRound.apply(ratio)  # pyright: ignore[reportAssignmentType]
     codes = (rounded + zero).clamp(smallest, largest)
-    return join_groups((codes - zero) * scale, x.shape[-1]).to(x.dtype)
+    values = join_groups((codes - zero) * scale, x.shape[-1])
+    if x.dtype == torch.float16:  # the last code may lie half a step beyond the largest number
+        limit = torch.finfo(x.dtype).max
+        values = values.clamp(-limit, limit)
+    return values.to(x.dtype)
 
 
 class StraightThroughRound(torch.autograd.Function):

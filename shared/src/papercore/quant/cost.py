@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from papercore.errors import InputError
 from papercore.quant.affine import resolve_group_size
 from papercore.quant.packing import check_bits
 
@@ -33,6 +34,14 @@ def layer_cost(
         zero_bits: of one zero point; 0 for symmetric quantisation.
     """
     check_bits(bits)
+    for name, value, least in (
+        ("rows", rows, 1),
+        ("columns", columns, 1),
+        ("scale_bits", scale_bits, 0),
+        ("zero_bits", zero_bits, 0),
+    ):
+        if value < least:
+            raise InputError(name, found=value, expected=f"at least {least}")
     groups = rows * -(-columns // resolve_group_size(columns, group_size))
     weights = rows * columns
     return LayerCost(

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from papercore.errors import InputError
-from papercore.quant.affine import Parameters, parameters_of_range, resolve_group_size, split_groups
+from papercore.quant.affine import Parameters, code_range, parameters_of_range, resolve_group_size, split_groups
 
 
 class RangeObserver:
@@ -22,9 +22,13 @@ class RangeObserver:
     """
 
     def __init__(self, bits: int, group_size: int | None, momentum: float = 0.1, *, symmetric: bool = False) -> None:
+        code_range(bits, symmetric)
         if not 0 < momentum <= 1:
             raise InputError("momentum", found=momentum, expected="in (0, 1]")
+        if group_size is not None and group_size < 0:
+            raise InputError("group size", found=group_size, expected="at least 1, or None for one group")
         self.bits, self.group_size, self.momentum, self.symmetric = bits, group_size, momentum, symmetric
+        self.columns: int | None = None
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
@@ -33,6 +37,11 @@ class RangeObserver:
         """Takes one batch [..., K] into account; an empty one changes nothing."""
         if x.numel() == 0:
             return
+        if not torch.isfinite(x).all():
+            raise InputError("calibration batch", found="values that are not finite", expected="finite ones")
+        if self.columns is not None and x.shape[-1] != self.columns:
+            raise InputError("calibration batch", found=f"{x.shape[-1]} columns", expected=f"{self.columns} as before")
+        self.columns = x.shape[-1]
         rows = x.float().reshape(-1, x.shape[-1])
         groups = split_groups(rows, resolve_group_size(x.shape[-1], self.group_size))
         low, high = groups.amin((0, 2)), groups.amax((0, 2))

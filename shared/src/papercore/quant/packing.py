@@ -18,9 +18,12 @@ def pack_codes(codes: Int[Tensor, "*rows columns"], bits: int) -> UInt8[Tensor, 
         InputError: a code does not fit into `bits` bits.
     """
     check_bits(bits)
+    if codes.is_floating_point():
+        raise InputError("codes", found=str(codes.dtype), expected="an integer type")
     if codes.numel():
         smallest, largest = int(codes.min()), int(codes.max())
-        if smallest < -(2 ** (bits - 1)) or largest > 2**bits - 1:
+        signed = smallest < 0
+        if smallest < -(2 ** (bits - 1)) or largest > (2 ** (bits - 1) if signed else 2**bits) - 1:
             raise InputError("codes", found=f"{smallest}..{largest}", expected=f"{bits} bits")
     unsigned = codes.to(torch.int16) & (2**bits - 1)
     if bits == 8:
