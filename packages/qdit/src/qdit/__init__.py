@@ -30,10 +30,13 @@ _WHERE = {
     "load_pretrained": "qdit.pipeline",
     "noise_error": "qdit.convert",
     "pack_codes": "papercore.quant",
+    "precomputed_conditioning": "qdit.conditioning",
     "quantize": "qdit.convert",
+    "register": "qdit.hub",
     "respaced_timesteps": "papercore.diffusion",
     "sample": "qdit.sampling",
     "save_pretrained": "qdit.pipeline",
+    "share_embedders": "qdit.conditioning",
     "unpack_codes": "papercore.quant",
 }
 
@@ -55,8 +58,10 @@ if TYPE_CHECKING:
     )
 
     from qdit.calibration import Calibration, collect_calibration
+    from qdit.conditioning import precomputed_conditioning, share_embedders
     from qdit.config import QDiTConfig
     from qdit.convert import dequantize, noise_error, quantize
+    from qdit.hub import register
     from qdit.layers import QuantLinear
     from qdit.original import from_original
     from qdit.pipeline import load_pretrained, save_pretrained

@@ -12,11 +12,19 @@ from diffusers import DiTTransformer2DModel
 from papercore.errors import InputError
 from torch import Tensor
 
+from qdit.conditioning import share_embedders
+
 SHIFT_KEY = "timestep_frequency_shift"
 
 
 def from_original(
-    state_dict: Mapping[str, Tensor], *, num_heads: int, patch_size: int, input_size: int, num_classes: int
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_heads: int,
+    patch_size: int,
+    input_size: int,
+    num_classes: int,
+    shared_embedders: bool = False,
 ) -> DiTTransformer2DModel:
     """The diffusers model that computes what the original DiT with these weights does, float32.
 
@@ -24,6 +32,8 @@ def from_original(
 
     Args:
         input_size: height and width of the input in (latent) pixels.
+        shared_embedders: keep one copy of the timestep and label embedders, as the original does, instead of one a
+            block; see `qdit.share_embedders`.
 
     Raises:
         InputError: a tensor is missing, left over, or has another shape; names it.
@@ -61,10 +71,10 @@ def from_original(
             expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
             raise InputError(f"tensor {name}", found=f"shape {tuple(tensor.shape)}", expected=str(expected))
     model.load_state_dict(renamed, strict=False)
-    return model.eval()
+    return (share_embedders(model) if shared_embedders else model).eval()
 
 
-def set_frequency_shift(model: DiTTransformer2DModel, shift: int) -> None:
+def set_frequency_shift(model: DiTTransformer2DModel, shift: float) -> None:
     """Sets the frequency shift of every timestep embedding and notes it in the model's configuration."""
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = shift  # pyright: ignore[reportAttributeAccessIssue]

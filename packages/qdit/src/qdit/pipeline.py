@@ -5,7 +5,7 @@ as integers, so that loaders that cast floating tensors leave them alone), `<m>.
 activations `<m>.act_scale` and `<m>.act_zero`. `config.json` tells the rest under `quantization_config`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qdit.conditioning import SHARED_KEY, follow_first_embedder
 from qdit.config import QDiTConfig
 from qdit.convert import LayerRecord, attach
 from qdit.layers import Backend, QuantLinear
@@ -44,6 +45,7 @@ def save_pretrained(model: nn.Module, path: Path) -> None:
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     with atomic(Path(path) / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    (Path(path) / f"{WEIGHTS}.index.json").unlink(missing_ok=True)  # of shards that lay here: it would be read instead
     write_json(Path(path) / "config.json", config)
 
 
@@ -109,7 +111,6 @@ def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2
     quantisation = config.pop("quantization_config", None)
     model = build_model(config, where)
     weights = read_weights(path)
-    expected_dtypes = {}
     if quantisation is not None:
         setting = read_quantization_config(quantisation, where)
         with located(where):
@@ -117,14 +118,8 @@ def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2
         for target in targets:
             layer = install(model, target)
             layer.backend = "integer" if backend == "integer" else "simulate"
-        expected_dtypes = {
-            f"{name}.{key}": value.dtype
-            for name, module in model.named_modules()
-            if isinstance(module, QuantLinear)
-            for key, value in module.named_buffers()
-        }
         attach(model, setting, targets, [])
-    fill(model, weights, expected_dtypes)
+    fill(model, weights)
     return model.eval()
 
 
@@ -134,7 +129,8 @@ def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel
     Raises:
         InputError: a field of the wrong type or value.
     """
-    plain = {key: value for key, value in config.items() if not key.startswith("_") and key != SHIFT_KEY}
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    notes = {key: plain.pop(key) for key in (SHIFT_KEY, SHARED_KEY) if key in plain}
     integers = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
     for key in (*integers, "out_channels", "num_embeds_ada_norm"):
         value = plain.get(key)
@@ -148,9 +144,27 @@ def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel
         raise InputError(
             "configuration of a DiT", where=where, found=str(error), expected="diffusers' fields"
         ) from error
-    if SHIFT_KEY in config:
-        set_frequency_shift(model, config[SHIFT_KEY])
+    with located(where):
+        apply_notes(model, notes)
     return model
+
+
+def apply_notes(model: DiTTransformer2DModel, notes: Mapping[str, Any]) -> None:
+    """Applies what `config.json` says beyond diffusers' fields: frequency shift and shared embedders.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    if SHIFT_KEY in notes:
+        shift = notes[SHIFT_KEY]
+        if not isinstance(shift, int | float) or isinstance(shift, bool):
+            raise InputError(f"field {SHIFT_KEY}", found=repr(shift), expected="a number")
+        set_frequency_shift(model, shift)
+    shared = notes.get(SHARED_KEY, False)
+    if not isinstance(shared, bool):
+        raise InputError(f"field {SHARED_KEY}", found=repr(shared), expected="true or false")
+    if shared:
+        follow_first_embedder(model)
 
 
 def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
@@ -174,6 +188,15 @@ def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
                 hint="convert them to safetensors",
             )
         raise InputError("no weights", where=path, expected=WEIGHTS)
+    return read_files(files)
+
+
+def read_files(files: Sequence[Path]) -> dict[str, tuple[Tensor, Path]]:
+    """All tensors of safetensors files and the file each came from.
+
+    Raises:
+        InputError: a damaged file, or one of another format.
+    """
     tensors: dict[str, tuple[Tensor, Path]] = {}
     for file in files:
         try:
@@ -187,15 +210,30 @@ def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
     return tensors
 
 
-def fill(
-    model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], dtypes: Mapping[str, torch.dtype] | None = None
-) -> None:
-    """Copies `tensors` into `model` after checking every name, shape, type and value.
+def fill(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]]) -> None:
+    """Copies `tensors` into `model` after checking them.
+
+    Raises:
+        InputError: see `check_tensors`.
+    """
+    check_tensors(model, tensors)
+    missing, _ = model.load_state_dict({name: tensor for name, (tensor, _) in tensors.items()}, strict=False)
+    assert set(missing) <= {"pos_embed.pos_embed"}
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]]) -> None:
+    """Checks every name, shape, type and value against `model`, whose quantised layers are installed.
 
     Raises:
         InputError: names the file and the tensor.
     """
     wanted = model.state_dict()
+    integers = {
+        f"{name}.{key}": value.dtype
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, value in module.named_buffers()
+    }
     where = next((file for _, file in tensors.values()), None)
     for name, present in wanted.items():
         if name not in tensors:
@@ -207,7 +245,7 @@ def fill(
             raise InputError(
                 f"tensor {name}", where=file, found=f"shape {tuple(tensor.shape)}", expected=f"{tuple(present.shape)}"
             )
-        integer = (dtypes or {}).get(name)
+        integer = integers.get(name)
         if integer is not None and tensor.dtype != integer:
             raise InputError(
                 f"tensor {name}",
@@ -222,8 +260,6 @@ def fill(
     for name, (_, file) in tensors.items():
         if name not in wanted:
             raise InputError(f"tensor {name}", where=file, found="a tensor the model does not have", expected="none")
-    missing, _ = model.load_state_dict({name: tensor for name, (tensor, _) in tensors.items()}, strict=False)
-    assert set(missing) <= {"pos_embed.pos_embed"}
 
 
 def model_bytes(model: nn.Module) -> int:
