@@ -19,8 +19,9 @@ from qdit.conditioning import SHARED_KEY
 from qdit.config import QDiTConfig, QuantMethod
 from qdit.convert import attach, quantize
 from qdit.original import SHIFT_KEY
-from qdit.pipeline import apply_notes, check_tensors, describe, read_files, read_quantization_config
+from qdit.pipeline import apply_notes, check_tensors, describe, read_quantization_config
 from qdit.targets import find_targets, install
+from qdit.weights import read_files
 
 KEY = "quantization_config"
 

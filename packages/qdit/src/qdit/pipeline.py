@@ -5,7 +5,7 @@ as integers, so that loaders that cast floating tensors leave them alone), `<m>.
 activations `<m>.act_scale` and `<m>.act_zero`. `config.json` tells the rest under `quantization_config`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from diffusers import DiTTransformer2DModel
 from papercore.errors import InputError, located
 from papercore.report import Table
 from papercore.rundir import atomic, read_json, write_json
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,8 +23,8 @@ from qdit.convert import LayerRecord, attach
 from qdit.layers import Backend, QuantLinear
 from qdit.original import SHIFT_KEY, set_frequency_shift
 from qdit.targets import Target, find_targets, full_precision_layers, install
+from qdit.weights import WEIGHTS, read_weights
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
 
 
@@ -165,49 +164,6 @@ def apply_notes(model: DiTTransformer2DModel, notes: Mapping[str, Any]) -> None:
         raise InputError(f"field {SHARED_KEY}", found=repr(shared), expected="true or false")
     if shared:
         follow_first_embedder(model)
-
-
-def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
-    """All tensors of a model folder (one file, or shards with an index) and the file each came from."""
-    index = path / f"{WEIGHTS}.index.json"
-    files = [path / WEIGHTS]
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
-            raise InputError(
-                "weight_map", where=index, found=names, expected="tensor names to file names in this folder"
-            )
-        files = [path / name for name in sorted(set(names.values()))]
-    elif not files[0].exists():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
-        if pickles:
-            raise InputError(
-                "pickled weights are refused",
-                where=path / pickles[0],
-                expected=WEIGHTS,
-                hint="convert them to safetensors",
-            )
-        raise InputError("no weights", where=path, expected=WEIGHTS)
-    return read_files(files)
-
-
-def read_files(files: Sequence[Path]) -> dict[str, tuple[Tensor, Path]]:
-    """All tensors of safetensors files and the file each came from.
-
-    Raises:
-        InputError: a damaged file, or one of another format.
-    """
-    tensors: dict[str, tuple[Tensor, Path]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    tensors[name] = (opened.get_tensor(name), file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                "damaged weights", where=file, found=str(error), expected="a whole safetensors file"
-            ) from error
-    return tensors
 
 
 def fill(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]]) -> None:
