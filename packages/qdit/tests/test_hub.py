@@ -16,7 +16,6 @@ from diffusers.quantizers import auto
 from papercore.errors import InputError
 from qdit.cli import main
 from qdit.config import QDiTConfig
-from qdit.hub import DiffusersConfig
 from qdit.layers import QuantLinear
 from qdit.original import set_frequency_shift
 from qdit.pipeline import WEIGHTS
@@ -91,7 +90,7 @@ def test_quantising_while_loading(model, inputs, tmp_path):
     setting = dataclasses.replace(PLAIN, adaln_bits=6)
     expected = inputs.run(qdit.quantize(model, setting), inputs)
     fields = {"wbits": 4, "abits": 8, "group_size": 8, "gptq": False, "adaln_bits": 6}
-    for given in (setting, DiffusersConfig(**fields), {"quant_method": "qdit", **fields}):
+    for given in (setting, qdit.DiffusersConfig(**fields), {"quant_method": "qdit", **fields}):
         loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "full", quantization_config=given)
         assert torch.equal(inputs.run(loaded, inputs), expected)
     loaded.save_pretrained(tmp_path / "packed")
@@ -165,7 +164,7 @@ def test_what_needs_calibration_is_refused(model, tmp_path):
             DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=setting)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="quantization_config: field wbit: found a name that does not exist"):
-        DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=DiffusersConfig(wbit=4, gptq=False))
+        DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=qdit.DiffusersConfig(wbit=4, gptq=False))
     with pytest.raises(InputError, match="device_map: found several devices"):
         DiTTransformer2DModel.from_pretrained(
             tmp_path, quantization_config=PLAIN, device_map={"pos_embed": "cpu", "": "meta"}
@@ -292,7 +291,7 @@ def test_pipelines(latent, vae, tmp_path):
     assert np.array_equal(run(again), expected)
     DiTPipeline(latent, vae, DDIMScheduler()).save_pretrained(tmp_path / "full")
     setting = PipelineQuantizationConfig(
-        quant_mapping={"transformer": DiffusersConfig(wbits=4, abits=8, group_size=8, gptq=False)}
+        quant_mapping={"transformer": qdit.DiffusersConfig(wbits=4, abits=8, group_size=8, gptq=False)}
     )
     assert np.array_equal(run(DiTPipeline.from_pretrained(tmp_path / "full", quantization_config=setting)), expected)
 

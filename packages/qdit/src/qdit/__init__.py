@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Calibration": "qdit.calibration",
+    "DiffusersConfig": "qdit.hub",
     "GPTQResult": "qdit.rounding",
     "Hessian": "qdit.rounding",
     "LayerCost": "papercore.quant",
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from qdit.conditioning import precomputed_conditioning, share_embedders
     from qdit.config import QDiTConfig
     from qdit.convert import dequantize, noise_error, quantize
-    from qdit.hub import register
+    from qdit.hub import DiffusersConfig, register
     from qdit.layers import QuantLinear
     from qdit.original import from_original
     from qdit.pipeline import load_pretrained, save_pretrained
