@@ -103,13 +103,15 @@ def reproduce(papers: Sequence[Paper], settings: Settings) -> Table:
         if settings.scale not in paper.scales:
             errors[paper.package] = f"has no {settings.scale} reproduction (has: {', '.join(paper.scales)})"
             continue
-        settings.say(f"{paper.package}: {paper.title}")
+        if len(papers) > 1:
+            settings.say(f"{paper.package}: {paper.title}")
         begun = time.monotonic()
         try:
             result = paper.run(dataclasses.replace(settings, out=settings.out / paper.package))
         except Exception as error:
             told = str(error) if isinstance(error, InputError) else repr(error)
-            settings.say(f"{paper.package}: failed: {told}")
+            if len(papers) > 1:
+                settings.say(f"{paper.package}: failed: {told}")
             errors[paper.package] = told
             wrong_input = wrong_input and isinstance(error, InputError)
             continue

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Calibration": "qdit.calibration",
+    "DiffusersConfig": "qdit.hub",
     "GPTQResult": "qdit.rounding",
     "Hessian": "qdit.rounding",
     "LayerCost": "papercore.quant",
@@ -30,17 +31,21 @@ _WHERE = {
     "load_pretrained": "qdit.pipeline",
     "noise_error": "qdit.convert",
     "pack_codes": "papercore.quant",
+    "precomputed_conditioning": "qdit.conditioning",
     "quantize": "qdit.convert",
+    "register": "qdit.hub",
     "respaced_timesteps": "papercore.diffusion",
     "sample": "qdit.sampling",
     "save_pretrained": "qdit.pipeline",
     "search_group_sizes": "qdit.granularity",
     "SearchResult": "qdit.granularity",
+    "share_embedders": "qdit.conditioning",
     "unpack_codes": "papercore.quant",
 }
 
 __all__ = [
     "Calibration",
+    "DiffusersConfig",
     "GPTQResult",
     "Hessian",
     "LayerCost",
@@ -62,11 +67,14 @@ __all__ = [
     "load_pretrained",
     "noise_error",
     "pack_codes",
+    "precomputed_conditioning",
     "quantize",
+    "register",
     "respaced_timesteps",
     "sample",
     "save_pretrained",
     "search_group_sizes",
+    "share_embedders",
     "unpack_codes",
 ]
 
@@ -86,9 +94,11 @@ if TYPE_CHECKING:
     )
 
     from qdit.calibration import Calibration, collect_calibration
+    from qdit.conditioning import precomputed_conditioning, share_embedders
     from qdit.config import QDiTConfig
     from qdit.convert import dequantize, noise_error, quantize
     from qdit.granularity import SearchResult, search_group_sizes
+    from qdit.hub import DiffusersConfig, register
     from qdit.layers import QuantLinear
     from qdit.original import from_original
     from qdit.pipeline import load_pretrained, save_pretrained

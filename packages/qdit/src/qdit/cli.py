@@ -83,6 +83,55 @@ class Train(cli.Command):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Import(cli.Command):
+    """Convert a DiT checkpoint in the original naming to a model folder.
+
+    The folder keeps the original's timestep embedding (frequency shift 0), which diffusers' own differs from.
+    """
+
+    checkpoint: Positional[Path]
+    """.safetensors, or .pt that holds tensors only (pickled objects are refused)"""
+    heads: int
+    """attention heads"""
+    patch: int
+    """height and width of a patch"""
+    input_size: int
+    """height and width of the input in (latent) pixels"""
+    classes: int
+    """classes, without "no class" """
+    out: Path
+    """folder for the model"""
+    share_embedders: bool = True
+    """keep one timestep and label embedder for all blocks, as the original does, instead of one a block"""
+
+    def run(self) -> Mapping[str, Any]:
+        for name in ("heads", "patch", "input_size", "classes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}", found=getattr(self, name), expected="at least 1")
+        from qdit.original import from_original, read_original
+        from qdit.pipeline import save_pretrained
+
+        tensors = read_original(self.checkpoint)
+        with located(self.checkpoint):
+            model = from_original(
+                tensors,
+                num_heads=self.heads,
+                patch_size=self.patch,
+                input_size=self.input_size,
+                num_classes=self.classes,
+                shared_embedders=self.share_embedders,
+            )
+        save_pretrained(model, self.out)
+        config: Any = model.config
+        return {
+            "model": self.out,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "blocks": config.num_layers,
+            "width": config.num_attention_heads * config.attention_head_dim,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize(cli.Command):
     """Quantise a DiT and save it as packed integers."""
 
@@ -319,6 +368,10 @@ class Sample(cli.Command):
     """of the noise"""
     backend: Literal["auto", "simulate", "integer"] = "auto"
     """how quantised layers compute"""
+    vae: Path | None = None
+    """folder of an AutoencoderKL (config.json and safetensors) that turns latents into pixels"""
+    precompute: bool = False
+    """compute the modulation of all blocks for all steps and labels beforehand; takes memory for every pair of them"""
     device: Device = "auto"
     """where to compute"""
 
@@ -333,25 +386,32 @@ class Sample(cli.Command):
         from papercore.images import grid_png, images_to_uint8, write_images
         from papercore.rundir import atomic
 
+        from qdit.decoding import decode, load_decoder
         from qdit.pipeline import load_pretrained
         from qdit.sampling import sample_many
 
-        model = load_pretrained(self.model, backend=self.backend).to(pick_device(self.device))  # pyright: ignore[reportArgumentType]
-        if model.config.in_channels not in (1, 3):  # pyright: ignore[reportAttributeAccessIssue]
+        device = pick_device(self.device)
+        model = load_pretrained(self.model, backend=self.backend).to(device)  # pyright: ignore[reportArgumentType]
+        channels: int = model.config.in_channels  # pyright: ignore[reportAttributeAccessIssue]
+        decoder = None if self.vae is None else load_decoder(self.vae, channels).to(device)  # pyright: ignore[reportArgumentType]
+        if decoder is None and channels not in (1, 3):
             raise InputError(
                 "field in_channels",
                 where=self.model / "config.json",
-                found=model.config.in_channels,  # pyright: ignore[reportAttributeAccessIssue]
-                expected="1 or 3: this command writes pixels and decodes no latents",
+                found=channels,
+                expected="1 or 3, which are pixels",
+                hint="give the folder of the autoencoder that decodes these latents as --vae",
             )
         labels = torch.tensor(classes).repeat_interleave(self.count)
         with located("qdit sample"):
-            samples = sample_many(model, labels, self.steps, guidance=self.guidance, seed=self.seed)
+            samples = sample_many(
+                model, labels, self.steps, guidance=self.guidance, seed=self.seed, precompute=self.precompute
+            )
         if not torch.isfinite(samples).all():
             raise InputError(
                 "samples", found="values that are not finite", expected="finite ones (is --guidance too large?)"
             )
-        images = images_to_uint8(samples)
+        images = images_to_uint8(samples if decoder is None else decode(decoder, samples))
         write_images(self.out, images)
         grid = self.out.with_suffix(".png")
         with atomic(grid) as temporary:
@@ -410,6 +470,7 @@ class Reproduce(cli.Command):
 
 COMMANDS: dict[str, type[cli.Command]] = {
     "train": Train,
+    "import": Import,
     "calibrate": Calibrate,
     "search": Search,
     "quantize": Quantize,

@@ -1,10 +1,11 @@
 """What to quantise, to how many bits, in groups of what size (Q-DiT, arXiv 2406.17343, section 3)."""
 
 import dataclasses
+import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from papercore.config import build
 from papercore.errors import InputError
@@ -14,6 +15,12 @@ GroupSize = int | None
 """columns a group; None: whole rows of a weight, whole tokens of an activation"""
 
 GRANULARITIES = ("token", "sample", "tensor")
+
+
+class QuantMethod(enum.StrEnum):
+    """The name of the method in `quantization_config`; diffusers wants a text that is an enumeration."""
+
+    QDIT = "qdit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,8 @@ class QDiTConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     """patterns of layer names to leave in full precision"""
 
+    quant_method: ClassVar[QuantMethod] = QuantMethod.QDIT
+
     def __post_init__(self) -> None:
         for name in ("wbits", "abits"):
             bits = getattr(self, name)
@@ -75,6 +84,10 @@ class QDiTConfig:
     @property
     def needs_calibration(self) -> bool:
         return (self.gptq and self.wbits < 16) or (self.act == "static" and self.abits < 16)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the name of the method, as diffusers passes settings around."""
+        return {"quant_method": str(self.quant_method), **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: object) -> "QDiTConfig":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from diffusers import ModelMixin
 from papercore.errors import InputError
 from papercore.progress import track
 from papercore.quant import LayerCost, Parameters, RangeObserver, layer_cost
@@ -72,6 +73,7 @@ def quantize(
         )
     targets = find_targets(model, config)
     full = {target.name: full_weight(model, target) for target in targets}
+    dtypes = {target.name: model.get_submodule(target.members[0]).weight.dtype for target in targets}
     model = (model if inplace else copy.deepcopy(model)).eval()
     ranges: dict[str, Parameters] = {}
     if config.act == "static" and config.abits < 16:
@@ -93,16 +95,22 @@ def quantize(
         records = rounding.gptq(model, calibration)
     else:
         records = [rounding.nearest(target) for target in targets]
-    for layer in layers.values():
+    for name, layer in layers.items():
         layer.backend = "integer" if backend == "integer" else "simulate"
+        layer.to(dtypes[name])  # biases and 16-bit weights; what is quantised is stored as integers
     attach(model, config, targets, records)
     return model
 
 
 def attach(model: nn.Module, config: QDiTConfig, targets: list[Target], records: list[LayerRecord]) -> None:
-    """Notes on the model how it was quantised."""
+    """Notes on the model how it was quantised; on a model of diffusers also so that its own `save_pretrained` writes
+    what `qdit.save_pretrained` writes."""
     notes: Any = model
     notes.qdit_config, notes.qdit_targets, notes.qdit_records = config, targets, records
+    if isinstance(model, ModelMixin):
+        from qdit.hub import attach_quantizer  # which quantises while loading and therefore imports this module
+
+        attach_quantizer(model)
     model.eval()
 
 
@@ -239,8 +247,13 @@ def dequantize(model: M) -> M:
     members = {target.name: target.members for target in model.qdit_targets}  # pyright: ignore
     for name, layer in layers:
         uninstall(model, name, members[name], layer.dequantized(), layer.bias)
+    if isinstance(model, ModelMixin):
+        from qdit.hub import detach_quantizer
+
+        detach_quantizer(model)
     for note in ("qdit_config", "qdit_targets", "qdit_records"):
-        delattr(model, note)
+        if hasattr(model, note):
+            delattr(model, note)
     return model
 
 

@@ -4,19 +4,32 @@ Two differences between the two codes matter: the original timestep embedding ha
 its norms use 1e-6. The shift is kept in the model's configuration so that saving and loading preserve it.
 """
 
+import pickle
 import re
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 from papercore.errors import InputError
 from torch import Tensor
 
+from qdit.conditioning import share_embedders
+from qdit.weights import read_files
+
 SHIFT_KEY = "timestep_frequency_shift"
 
 
 def from_original(
-    state_dict: Mapping[str, Tensor], *, num_heads: int, patch_size: int, input_size: int, num_classes: int
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_heads: int,
+    patch_size: int,
+    input_size: int,
+    num_classes: int,
+    shared_embedders: bool = False,
 ) -> DiTTransformer2DModel:
     """The diffusers model that computes what the original DiT with these weights does, float32.
 
@@ -24,6 +37,8 @@ def from_original(
 
     Args:
         input_size: height and width of the input in (latent) pixels.
+        shared_embedders: keep one copy of the timestep and label embedders, as the original does, instead of one a
+            block; see `qdit.share_embedders`.
 
     Raises:
         InputError: a tensor is missing, left over, or has another shape; names it.
@@ -69,10 +84,50 @@ def from_original(
             expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
             raise InputError(f"tensor {name}", found=f"shape {tuple(tensor.shape)}", expected=str(expected))
     model.load_state_dict(renamed, strict=False)
-    return model.eval()
+    return (share_embedders(model) if shared_embedders else model).eval()
 
 
-def set_frequency_shift(model: DiTTransformer2DModel, shift: int) -> None:
+def read_original(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in the original naming: `.safetensors`, or `.pt`/`.pth` with nothing but tensors.
+
+    A training checkpoint gives its averaged weights (`ema`), as the original's sampler does.
+
+    Raises:
+        InputError: another kind of file, a damaged one, pickled objects, or values that are no tensors.
+    """
+    values: Any
+    if not path.is_file():
+        raise InputError("checkpoint", where=path, found="no such file", expected=".safetensors or .pt")
+    if path.suffix == ".safetensors":
+        values = {name: tensor for name, (tensor, _) in read_files([path]).items()}
+    elif path.suffix in (".pt", ".pth"):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what matters is an error
+                values = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                "pickled objects are refused", where=path, expected="tensors only", hint="save them as safetensors"
+            ) from error
+        except Exception as error:  # a reader of pickles raises whatever damaged bytes lead it to
+            raise InputError(
+                "damaged checkpoint", where=path, found=str(error), expected="what torch.save wrote"
+            ) from error
+    else:
+        raise InputError("checkpoint", where=path, found=path.suffix or "no suffix", expected=".safetensors or .pt")
+    if isinstance(values, dict) and isinstance(values.get("ema"), dict):
+        values = values["ema"]
+    if not isinstance(values, dict) or not values:
+        raise InputError("checkpoint", where=path, found=type(values).__name__, expected="tensors by name")
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise InputError(f"entry {name}", where=path, found=type(value).__name__, expected="a tensor")
+        if not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise InputError(f"tensor {name}", where=path, found=f"{bad} values that are not finite", expected="none")
+    return values
+
+
+def set_frequency_shift(model: DiTTransformer2DModel, shift: float) -> None:
     """Sets the frequency shift of every timestep embedding and notes it in the model's configuration."""
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = shift  # pyright: ignore[reportAttributeAccessIssue]

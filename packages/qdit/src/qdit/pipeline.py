@@ -14,17 +14,17 @@ from diffusers import DiTTransformer2DModel
 from papercore.errors import InputError, located
 from papercore.report import Table
 from papercore.rundir import atomic, claim_folder, read_json, write_json
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qdit.conditioning import SHARED_KEY, follow_first_embedder
 from qdit.config import QDiTConfig
 from qdit.convert import LayerRecord, attach
 from qdit.layers import Backend, QuantLinear, scale_values
 from qdit.original import SHIFT_KEY, set_frequency_shift
 from qdit.targets import Target, find_targets, full_precision_layers, install
+from qdit.weights import WEIGHTS, read_weights
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
 
 
@@ -118,7 +118,6 @@ def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2
     quantisation = config.pop("quantization_config", None)
     model = build_model(config, where)
     weights = read_weights(path)
-    expected_dtypes = {}
     if quantisation is not None:
         setting = read_quantization_config(quantisation, where)
         with located(where):
@@ -126,14 +125,8 @@ def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2
         for target in targets:
             layer = install(model, target)
             layer.backend = "integer" if backend == "integer" else "simulate"
-        expected_dtypes = {
-            f"{name}.{key}": value.dtype
-            for name, module in model.named_modules()
-            if isinstance(module, QuantLinear)
-            for key, value in module.named_buffers()
-        }
         attach(model, setting, targets, [])
-    fill(model, weights, expected_dtypes)
+    fill(model, weights)
     return model.eval()
 
 
@@ -143,7 +136,8 @@ def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel
     Raises:
         InputError: a field of the wrong type or value.
     """
-    plain = {key: value for key, value in config.items() if not key.startswith("_") and key != SHIFT_KEY}
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    notes = {key: plain.pop(key) for key in (SHIFT_KEY, SHARED_KEY) if key in plain}
     integers = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
     for key in (*integers, "out_channels", "num_embeds_ada_norm"):
         value = plain.get(key)
@@ -151,66 +145,62 @@ def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"field {key}", where=where, found=repr(value), expected="a whole number of at least 1")
-    epsilon, shift = plain.get("norm_eps", 1e-5), config.get(SHIFT_KEY, 1)
+    epsilon = plain.get("norm_eps", 1e-5)
     if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
         raise InputError("field norm_eps", where=where, found=repr(epsilon), expected="a number between 0 and 1")
-    if not isinstance(shift, int | float):
-        raise InputError(f"field {SHIFT_KEY}", where=where, found=repr(shift), expected="a number")
     try:
         model = DiTTransformer2DModel(**plain)
     except (TypeError, ValueError, NotImplementedError, ArithmeticError, RuntimeError, NameError, KeyError) as error:
         raise InputError(
             "configuration of a DiT", where=where, found=str(error), expected="diffusers' fields"
         ) from error
-    if SHIFT_KEY in config:
-        set_frequency_shift(model, config[SHIFT_KEY])
+    with located(where):
+        apply_notes(model, notes)
     return model
 
 
-def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
-    """All tensors of a model folder (one file, or shards with an index) and the file each came from."""
-    index = path / f"{WEIGHTS}.index.json"
-    files = [path / WEIGHTS]
-    if index.exists():
-        content = read_json(index)
-        names = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
-            raise InputError(
-                "weight_map", where=index, found=names, expected="tensor names to file names in this folder"
-            )
-        files = [path / name for name in sorted(set(names.values()))]
-    elif not files[0].exists():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
-        if pickles:
-            raise InputError(
-                "pickled weights are refused",
-                where=path / pickles[0],
-                expected=WEIGHTS,
-                hint="convert them to safetensors",
-            )
-        raise InputError("no weights", where=path, expected=WEIGHTS)
-    tensors: dict[str, tuple[Tensor, Path]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    tensors[name] = (opened.get_tensor(name), file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                "damaged weights", where=file, found=str(error), expected="a whole safetensors file"
-            ) from error
-    return tensors
+def apply_notes(model: DiTTransformer2DModel, notes: Mapping[str, Any]) -> None:
+    """Applies what `config.json` says beyond diffusers' fields: frequency shift and shared embedders.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    if SHIFT_KEY in notes:
+        shift = notes[SHIFT_KEY]
+        if not isinstance(shift, int | float) or isinstance(shift, bool):
+            raise InputError(f"field {SHIFT_KEY}", found=repr(shift), expected="a number")
+        set_frequency_shift(model, shift)
+    shared = notes.get(SHARED_KEY, False)
+    if not isinstance(shared, bool):
+        raise InputError(f"field {SHARED_KEY}", found=repr(shared), expected="true or false")
+    if shared:
+        follow_first_embedder(model)
 
 
-def fill(
-    model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], dtypes: Mapping[str, torch.dtype] | None = None
-) -> None:
-    """Copies `tensors` into `model` after checking every name, shape, type and value.
+def fill(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]]) -> None:
+    """Copies `tensors` into `model` after checking them.
+
+    Raises:
+        InputError: see `check_tensors`.
+    """
+    check_tensors(model, tensors)
+    missing, _ = model.load_state_dict({name: tensor for name, (tensor, _) in tensors.items()}, strict=False)
+    assert set(missing) <= {"pos_embed.pos_embed"}
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]]) -> None:
+    """Checks every name, shape, type and value against `model`, whose quantised layers are installed.
 
     Raises:
         InputError: names the file and the tensor.
     """
     wanted = model.state_dict()
+    integers = {
+        f"{name}.{key}": value.dtype
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, value in module.named_buffers()
+    }
     where = next((file for _, file in tensors.values()), None)
     for name, present in wanted.items():
         if name not in tensors:
@@ -222,7 +212,7 @@ def fill(
             raise InputError(
                 f"tensor {name}", where=file, found=f"shape {tuple(tensor.shape)}", expected=f"{tuple(present.shape)}"
             )
-        integer = (dtypes or {}).get(name)
+        integer = integers.get(name)
         if integer is not None and tensor.dtype != integer:
             raise InputError(
                 f"tensor {name}",
@@ -240,8 +230,6 @@ def fill(
     for name, (_, file) in tensors.items():
         if name not in wanted:
             raise InputError(f"tensor {name}", where=file, found="a tensor the model does not have", expected="none")
-    missing, _ = model.load_state_dict({name: tensor for name, (tensor, _) in tensors.items()}, strict=False)
-    assert set(missing) <= {"pos_embed.pos_embed"}
 
 
 def model_bytes(model: nn.Module) -> int:
