@@ -307,12 +307,45 @@ class Reproduce(cli.Command):
         return reproduction_result(summary, errors, self.out)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark(cli.Command):
+    """Time quantised linear layers against float32 ones, and against torchao where it is installed.
+
+    Ratios are times divided by that of float32: below 1 is faster. Everything is measured in one run in alternating
+    order; a line that is slower than float32 is marked as losing.
+    """
+
+    shapes: tuple[str, ...] = ("3456x1152", "1152x1152", "4608x1152", "1152x4608")
+    """layers as rows x columns; the default are those of DiT-XL/2"""
+    tokens: int = 256
+    """rows of the activation"""
+    groups: tuple[int, ...] = (32, 128, 288)
+    """group sizes of the integer products; whole rows are always measured"""
+    wbits: int = 8
+    """bits of a weight, 2 to 8"""
+    threads: int = 1
+    """threads a product may use"""
+    repeats: int = 15
+    """timings of each line; the median is shown"""
+    out: Path | None = None
+    """JSON file for every single timing, the versions and the processor's features"""
+
+    def run(self) -> Mapping[str, Any]:
+        from qdit.benchmark import benchmark, parse_shape
+
+        shapes = [parse_shape(shape) for shape in self.shapes]
+        return benchmark(
+            shapes, self.tokens, self.groups, self.wbits, threads=self.threads, repeats=self.repeats, out=self.out
+        )
+
+
 COMMANDS: dict[str, type[cli.Command]] = {
     "train": Train,
     "calibrate": Calibrate,
     "quantize": Quantize,
     "sample": Sample,
     "evaluate": Evaluate,
+    "benchmark": Benchmark,
     "reproduce": Reproduce,
 }
 

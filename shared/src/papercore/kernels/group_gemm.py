@@ -57,12 +57,12 @@ def group_gemm(
         raise InputError("qw", found=f"{qw.shape[1]} columns", expected=f"{qx.shape[1]} as in qx")
     if bias is not None and bias.shape != qw.shape[:1]:
         raise InputError("bias", found=f"shape {tuple(bias.shape)}", expected=f"({qw.shape[0]},)")
-    backend = _resolve(backend, qx.device)
-    if backend == "triton":
+    chosen = _resolve(backend, qx.device)
+    if chosen == "triton":
         return _triton(qx, sx, zx, qw, sw, zw, size, bias, return_accumulators)
-    if backend == "cpu" and not return_accumulators:
+    if chosen == "cpu" and not return_accumulators:
         return group_linear(_rows(qx, sx, zx), prepare_weight(qw, sw, zw, size), bias)
-    integer = _accumulate_reference if backend == "reference" else _accumulate_int8
+    integer = _accumulate_reference if chosen == "reference" else _accumulate_int8
     y = torch.zeros(qx.shape[0], qw.shape[0], dtype=torch.float32, device=qx.device)
     kept = []
     for u in range(groups):

@@ -6,6 +6,8 @@ there is nothing to rescale inside the loop. Pieces that reach over a group's en
 GPU yet: tiles follow the usual sizes.
 """
 
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# Triton compiles this text itself; to Python its blocks and constants have other types.
 import torch
 import triton
 import triton.language as tl
