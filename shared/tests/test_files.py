@@ -25,8 +25,8 @@ from papercore.rundir import (
     RunDir,
     append_line,
     atomic,
-    claim_file,
-    claim_folder,
+    check_output_file,
+    check_output_folder,
     read_json,
     read_lines,
     write_json,
@@ -147,17 +147,16 @@ def test_yaml_errors_name_file_and_line(tmp_path):
 
 def test_outputs_are_checked_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    claim_folder(tmp_path / "a" / "b")
-    claim_file(tmp_path / "c" / "d.npz", ".npz")
-    assert (tmp_path / "a" / "b").is_dir()
-    assert (tmp_path / "c").is_dir()
+    check_output_folder(tmp_path / "a" / "b")
+    check_output_file(tmp_path / "c" / "d.npz", ".npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     for call, words in (
-        (lambda: claim_folder(tmp_path / "file"), "is a file"),
-        (lambda: claim_folder(tmp_path / "file" / "x"), "cannot be made"),
-        (lambda: claim_file(tmp_path), "is a folder"),
-        (lambda: claim_file(Path()), "is a folder"),
-        (lambda: claim_file(tmp_path / "x.png", ".npz"), "found .png, expected .npz"),
-        (lambda: claim_file(tmp_path / "file" / "x"), "is a file"),
+        (lambda: check_output_folder(tmp_path / "file"), "is a file"),
+        (lambda: check_output_folder(tmp_path / "file" / "x"), "is a file"),
+        (lambda: check_output_file(tmp_path), "is a folder"),
+        (lambda: check_output_file(Path()), "is a folder"),
+        (lambda: check_output_file(tmp_path / "x.png", ".npz"), "found .png, expected .npz"),
+        (lambda: check_output_file(tmp_path / "file" / "x"), "is a file"),
     ):
         with pytest.raises(InputError, match=words):
             call()

@@ -226,7 +226,8 @@ def test_damaged_results_and_odd_times_are_named(entries, tmp_path):
 
 def test_own_tasks_run_on_the_cpu_at_tiny_size(tmp_path):
     found = gpu.queue(tmp_path, ["papercore"])
-    assert [entry.task.name for entry in found] == ["check-quantisers", "check-training", "benchmark-fake-quantize"]
+    names = ["check-quantisers", "check-kernels", "check-training", "benchmark-fake-quantize"]
+    assert [entry.task.name for entry in found] == names
     table = gpu.run_queue(found, 5, gpu.Request("cpu", True, None), lambda text: None)
     assert statuses(table) == dict.fromkeys((entry.task.name for entry in found), "done"), table.rows
     record = json.loads((tmp_path / "papercore" / "check-quantisers.cpu.tiny.json").read_text())

@@ -49,7 +49,7 @@ def test_the_copy_leaves_the_model_alone(model, inputs):
 @pytest.mark.parametrize("group", [None, 8, 7])
 def test_integer_layers_give_what_the_simulation_gives(model, inputs, w_sym, a_sym, group):
     config = dataclasses.replace(PLAIN, w_sym=w_sym, a_sym=a_sym, group_size=group)
-    quantised = qdit.quantize(model, config)
+    quantised = qdit.quantize(model, config, backend="simulate")
     seen = []
     for name, module in quantised.named_modules():
         if isinstance(module, QuantLinear):
@@ -57,9 +57,8 @@ def test_integer_layers_give_what_the_simulation_gives(model, inputs, w_sym, a_s
     inputs.run(quantised, inputs)
     assert len(seen) == len(NAMES)
     for name, layer, x, out in seen:
-        twin = copy.deepcopy(layer)
-        twin.backend = "integer"
-        assert (twin(x) - out).norm() <= 1e-6 * out.norm(), name
+        layer.backend = "integer"
+        assert (layer.forward(x) - out).norm() <= 1e-6 * out.norm(), name
 
 
 def test_results_do_not_depend_on_the_batch(model, inputs):
@@ -103,6 +102,37 @@ def test_a_bad_token_spoils_only_itself(model):
         assert y.isfinite().all()
 
 
+def test_copies_keep_type_and_loaded_weights_are_used(model, inputs):
+    quantised = qdit.quantize(model, PLAIN)
+    layer = quantised.get_submodule(NAMES[0])
+    x = torch.randn(2, 3, 24)
+    before = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), before)
+    assert copy.deepcopy(copy.deepcopy(layer).to(torch.bfloat16)).bias.dtype == torch.bfloat16
+    assert copy.deepcopy(copy.deepcopy(layer).to("meta")).bias.device.type == "meta"
+    other = qdit.quantize(model, dataclasses.replace(PLAIN, group_size=8, scale_dtype="float16"))
+    for module in other.modules():
+        if isinstance(module, QuantLinear):
+            module.scale.copy_((2 * module.scale.view(torch.float16)).view(torch.int16))
+    for backend in ("simulate", "integer"):
+        layer.backend = backend
+        layer(x)
+        layer.load_state_dict(other.get_submodule(NAMES[0]).state_dict())
+        assert not torch.allclose(layer(x), before)
+        layer.load_state_dict(qdit.quantize(model, PLAIN).get_submodule(NAMES[0]).state_dict())
+        torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_training_mode_does_not_change_what_is_measured(model, inputs):
+    model.train()
+    options = {"samples": 8, "steps": 3, "guidance": 1.5, "null_fraction": 0.5, "seed": 0}
+    assert torch.equal(qdit.collect_calibration(model, **options).x, qdit.collect_calibration(model, **options).x)
+    assert model.training
+    config = dataclasses.replace(PLAIN, gptq=True)
+    first, second = (qdit.quantize(model, config, inputs) for _ in range(2))
+    assert torch.equal(inputs.run(first, inputs), inputs.run(second, inputs))
+
+
 def test_static_ranges_come_from_calibration(model, inputs):
     config = dataclasses.replace(PLAIN, act="static", wbits=16)
     with pytest.raises(InputError, match="calibration: found none"):
@@ -118,6 +148,13 @@ def test_static_ranges_come_from_calibration(model, inputs):
     for batch in inputs.batches(16):
         inputs.run(model, batch)
         observer.update(kept[-1])
+    bad = kept[-1].clone()
+    bad[0, 1] = torch.nan
+    packed = qdit.quantize(model, dataclasses.replace(config, wbits=4), inputs).get_submodule(NAMES[0])
+    for backend in ("simulate", "integer"):
+        packed.backend = backend
+        assert packed(bad)[0, 1].isnan().all()
+        assert packed(bad)[0, 0].isfinite().all()
     layer = static.get_submodule(NAMES[0])
     assert torch.equal(layer.activation_parameters(kept[-1]).scale[0, 0], observer.parameters().scale)
 
@@ -208,13 +245,17 @@ def test_adaln_weights_and_kept_layers(model, inputs):
     assert isinstance(quantised.transformer_blocks[0].ff.net[2], nn.Linear)
     assert quantised.transformer_blocks[0].attn1.qkv.spec.act_granularity == "sample"
     assert torch.isfinite(inputs.run(quantised, inputs)).all()
+    kept = qdit.quantize(model, dataclasses.replace(config, modules_to_not_convert=("*norm1.linear",)))
+    assert isinstance(kept.transformer_blocks[0].norm1.linear, nn.Linear)
 
 
-def test_dequantize_gives_ordinary_layers(model, inputs):
+def test_dequantize_gives_ordinary_layers(model, inputs, tmp_path):
     weights_only = qdit.quantize(model, dataclasses.replace(PLAIN, act="none"))
     plain = qdit.dequantize(weights_only)
     assert not any(isinstance(module, QuantLinear) for module in plain.modules())
     torch.testing.assert_close(inputs.run(plain, inputs), inputs.run(weights_only, inputs))
+    qdit.save_pretrained(plain, tmp_path)
+    assert torch.equal(inputs.run(qdit.load_pretrained(tmp_path), inputs), inputs.run(plain, inputs))
     with pytest.raises(InputError, match="not quantised"):
         qdit.dequantize(model)
 
@@ -290,6 +331,10 @@ def test_bad_models_are_named(model):
         qdit.quantize(qdit.quantize(model, PLAIN), PLAIN)
     with pytest.raises(InputError, match="no layer to quantise"):
         qdit.quantize(nn.ReLU(), PLAIN)
+    with pytest.raises(InputError, match="a single linear layer"):
+        qdit.quantize(nn.Linear(8, 4), PLAIN)
+    with pytest.raises(InputError, match="something to quantise"):
+        qdit.quantize(model, dataclasses.replace(PLAIN, wbits=16, act="none"))
     model.transformer_blocks[1].ff.net[2].weight.data[0, :3] = torch.nan
     with pytest.raises(InputError, match=r"tensor transformer_blocks.1.ff.net.2.weight: found 3 values"):
         qdit.quantize(model, PLAIN)

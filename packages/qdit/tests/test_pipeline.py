@@ -66,6 +66,14 @@ def test_diffusers_itself_writes_and_reads_the_full_precision_layout(model, inpu
     assert torch.equal(inputs.run(DiTTransformer2DModel.from_pretrained(tmp_path / "ours"), inputs), expected)
 
 
+def test_saving_replaces_what_lay_there(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    quantised = qdit.quantize(model, PLAIN)
+    qdit.save_pretrained(quantised, tmp_path)
+    assert torch.equal(inputs.run(qdit.load_pretrained(tmp_path), inputs), inputs.run(quantised, inputs))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+
+
 def test_what_is_stored_is_the_documented_format(model, tmp_path):
     qdit.save_pretrained(qdit.quantize(model, PLAIN), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -143,6 +151,21 @@ QKV = "transformer_blocks.0.attn1.qkv"
             ("tensor proj_out_2.bias", "4 values that are not finite"),
         ),
         (lambda d: edit_tensors(d / WEIGHTS, lambda t: t.update(extra=torch.ones(1))), ("tensor extra",)),
+        (
+            lambda d: edit_tensors(d / WEIGHTS, lambda t: t[f"{QKV}.scale"].fill_(0x7E00)),
+            (f"tensor {QKV}.scale", "216 values that are not finite"),
+        ),
+        (
+            lambda d: edit_tensors(d / WEIGHTS, lambda t: t.update({"proj_out_2.bias": t["proj_out_2.bias"].int()})),
+            ("tensor proj_out_2.bias", "torch.int32", "torch.float32"),
+        ),
+        (lambda d: (d / f"{WEIGHTS}.index.json").write_text("[]"), ("weight_map",)),
+        (
+            lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config=5)),
+            ("quantization_config", "5"),
+        ),
+        (lambda d: edit_json(d / "config.json", lambda c: c.update(activation_fn="nope")), ("configuration of a DiT",)),
+        (lambda d: edit_json(d / "config.json", lambda c: c.update(norm_eps="a")), ("norm_eps", "'a'")),
     ],
 )
 def test_damage_is_named(model, tmp_path, damage, words):
@@ -221,6 +244,9 @@ def test_samples_do_not_depend_on_the_batch(model):
     torch.testing.assert_close(one, sample_many(model, labels, 3, guidance=2.0, seed=0, batch=2))
     assert sample_many(model, labels[:0], 3, guidance=None, seed=0).shape == (0, 1, 8, 8)
     z = torch.randn(2, 1, 8, 8)
+    for guidance in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="guidance"):
+            qdit.sample(model, z, torch.tensor([1, 2]), 3, guidance=guidance)
     for labels, words in (([1], "1 labels"), ([1, 12], "1..12")):
         with pytest.raises(InputError, match=words):
             qdit.sample(model, z, torch.tensor(labels), 3)

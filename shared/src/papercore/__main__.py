@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from papercore import cli
 from papercore.errors import InputError, WorkError
-from papercore.rundir import claim_folder
+from papercore.rundir import check_output_folder
 
 
 def say(text: str) -> None:
@@ -36,7 +36,7 @@ class Reproduce(cli.Command):
     def run(self) -> Mapping[str, Any]:
         from papercore.reproduce import Settings, installed, reproduce
 
-        claim_folder(self.out)
+        check_output_folder(self.out)
         papers = installed(self.only)
         if not papers:
             raise InputError("no installed package offers a reproduction", hint="install one, for example qdit")
@@ -70,7 +70,7 @@ class Gpu(cli.Command):
         from papercore.gpu import EARLIER, Request, list_queue, queue, run_queue
 
         if self.results is not None:
-            claim_folder(self.results)
+            check_output_folder(self.results)
         entries = queue(self.results, self.only)
         request = Request(self.device, self.tiny, self.data)
         if self.list:

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from papercore.gpu import Request, Task
+from papercore.kernels import group_gemm, group_linear, pack_weight, prepare_weight, quantize_rows
 from papercore.quant import fake_quantize, group_quantize
 
 
 def tasks() -> list[Task]:
     return [
         Task("check-quantisers", "check", 100, 0.5, check_quantisers),
+        Task("check-kernels", "check", 98, 1.0, check_kernels),
         Task("check-training", "check", 90, 1.0, check_training),
         Task("benchmark-fake-quantize", "benchmark", 40, 1.0, benchmark_fake_quantize),
     ]
@@ -35,6 +37,38 @@ def check_quantisers(request: Request) -> Mapping[str, Any]:
     if differing:
         raise AssertionError(f"{differing} of {compared} codes, scales and zero points differ from the CPU's")
     return {"compared": compared, "differing": differing}
+
+
+def check_kernels(request: Request) -> Mapping[str, Any]:
+    """Integer products on the device against the reference on the CPU, and the codes that they start from."""
+    generator = torch.Generator().manual_seed(0)
+    worst, differing, compared = 0.0, 0, 0
+    shapes = ((5, 40, 96), (3, 7, 100)) if request.tiny else ((256, 3456, 1152), (1000, 1152, 4608), (1, 200, 1000))
+    for tokens, rows, columns in shapes:
+        x = torch.randn(tokens, columns, generator=generator) * torch.randn(columns, generator=generator).exp()
+        w, bias = torch.randn(rows, columns, generator=generator), torch.randn(rows, generator=generator)
+        for size in (32, 48, None) if request.tiny else (32, 96, 128, 288, None):
+            for bits in (4, 8):
+                codes, scale, zero = group_quantize(w, bits, size)
+                # The product is compared on the device's own codes: one code apart is no error of the product.
+                q = quantize_rows(x.to(request.device), 8, size)
+                qx, sx, zx = (value.cpu() for value in q)
+                expected = group_gemm(qx, sx, zx, codes, scale, zero, size, bias, backend="reference")
+                assert isinstance(expected, torch.Tensor)
+                signed = 128 if q.codes.dtype == torch.int8 else 0
+                plain = group_quantize(x, 8, size)[0]
+                differing += int((qx.to(torch.int16) + signed != plain).sum())
+                compared += plain.numel()
+                sent = codes.to(request.device), scale.to(request.device), zero.to(request.device)
+                weights: list[Any] = [prepare_weight(*sent, size)]
+                if bits == 4:
+                    weights.append(pack_weight(prepare_weight(*sent, size, bits=4)))
+                for weight in weights:
+                    found = group_linear(q, weight, bias.to(request.device)).cpu()
+                    worst = max(worst, float((found - expected).norm() / expected.norm()))
+    if not worst < 1e-6 or differing > 1e-4 * compared:
+        raise AssertionError(f"relative error {worst}; {differing} of {compared} codes differ")
+    return {"worst relative error": worst, "codes compared": compared, "codes differing": differing}
 
 
 def check_training(request: Request) -> Mapping[str, Any]:

@@ -36,31 +36,32 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def claim_folder(path: Path) -> None:
-    """Makes an output folder before the work begins, so that a wrong one costs no work.
+def check_output_folder(path: Path) -> None:
+    """Checks an output folder before the work begins, so that a wrong one costs no work; makes nothing.
 
     Raises:
-        InputError: it is a file, or cannot be made.
+        InputError: it is a file, lies in one, or may not be written to.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError("is a file", where=path, expected="a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot be made: {error.strerror}", where=path, expected="a folder") from error
+    for part in (path, *path.absolute().parents):
+        if part.exists():
+            if not part.is_dir():
+                raise InputError("is a file", where=part, expected="a folder")
+            if not os.access(part, os.W_OK):
+                raise InputError("may not be written to", where=part, expected="a folder of yours")
+            return
 
 
-def claim_file(path: Path, suffix: str = "") -> None:
-    """Checks the name of an output file and makes its folder before the work begins.
+def check_output_file(path: Path, suffix: str = "") -> None:
+    """The same for an output file.
 
     Raises:
-        InputError: it is a folder, has another suffix than `suffix`, or its folder cannot be made.
+        InputError: it is a folder, has another suffix than `suffix`, or its folder is no place for it.
     """
     if path.is_dir() or not path.name:
         raise InputError("is a folder", where=path, expected=f"a file {suffix}".rstrip())
     if suffix and path.suffix != suffix:
         raise InputError("name of the output", where=path, found=path.suffix or "no suffix", expected=suffix)
-    claim_folder(path.parent)
+    check_output_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 from papercore import cli
 from papercore.errors import InputError, located
-from papercore.rundir import claim_file, claim_folder
+from papercore.rundir import check_output_file, check_output_folder
 
 Device = Literal["auto", "cpu", "cuda"]
 Positional = tyro.conf.Positional
@@ -61,7 +61,7 @@ class Train(cli.Command):
                 raise InputError(f"--{name}", found=getattr(self, name), expected="at least 1")
         if self.width % self.heads or self.width < 4 or self.width % 4:
             raise InputError("--width", found=self.width, expected=f"a multiple of 4 and of the {self.heads} heads")
-        claim_folder(self.out)
+        check_output_folder(self.out)
         from qdit.train import DEFAULT, ModelSize, train_digits
 
         config = dataclasses.replace(
@@ -201,7 +201,7 @@ class Quantize(cli.Command):
         from qdit.targets import find_targets
 
         device = pick_device(self.device)
-        claim_folder(self.out)
+        check_output_folder(self.out)
         model = load_pretrained(self.model).to(device)  # pyright: ignore[reportArgumentType]
         with located(self.group_sizes or self.model):
             find_targets(model, config)
@@ -243,7 +243,7 @@ class Calibrate(cli.Command):
         from qdit.calibration import collect_calibration
         from qdit.pipeline import load_pretrained
 
-        claim_file(self.out)
+        check_output_file(self.out)
         model = load_pretrained(self.model).to(pick_device(self.device))  # pyright: ignore[reportArgumentType]
         calibration = collect_calibration(
             model,
@@ -302,7 +302,7 @@ class Search(cli.Command):
 
     def run(self) -> Mapping[str, Any]:
         limit = parse_limit(self.limit)
-        claim_folder(self.out)
+        check_output_folder(self.out)
         from papercore.report import Section, write_html, write_markdown
         from papercore.rundir import write_json
 
@@ -381,7 +381,7 @@ class Sample(cli.Command):
             raise InputError("--count", found=self.count, expected="at least 1")
         if self.steps < 1:
             raise InputError("--steps", found=self.steps, expected="at least 1")
-        claim_file(self.out, ".npz")
+        check_output_file(self.out, ".npz")
         import torch
         from papercore.images import grid_png, images_to_uint8, write_images
         from papercore.rundir import atomic
@@ -463,9 +463,41 @@ class Reproduce(cli.Command):
 
         if self.scale not in PAPER.scales:
             raise InputError("--scale", found=self.scale, expected=" or ".join(PAPER.scales))
-        claim_folder(self.out)
+        check_output_folder(self.out)
         claims = reproduce([PAPER], Settings(self.scale, self.out, self.data, self.device, self.seed, say))
         return {"claims": claims, "report": self.out / "report.html"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark(cli.Command):
+    """Time quantised linear layers against float32 ones, and against torchao where it is installed.
+
+    Ratios are times divided by that of float32: below 1 is faster. Everything is measured in one run in alternating
+    order; a line that is slower than float32 is marked as losing.
+    """
+
+    shapes: tuple[str, ...] = ("3456x1152", "1152x1152", "4608x1152", "1152x4608")
+    """layers as rows x columns; the default are those of DiT-XL/2"""
+    tokens: int = 256
+    """rows of the activation"""
+    groups: tuple[int, ...] = (32, 128, 288)
+    """group sizes of the integer products; whole rows are always measured"""
+    wbits: int = 8
+    """bits of a weight, 2 to 8"""
+    threads: int = 1
+    """threads a product may use"""
+    repeats: int = 15
+    """timings of each line; the median is shown"""
+    out: Path | None = None
+    """JSON file for every single timing, the versions and the processor's features"""
+
+    def run(self) -> Mapping[str, Any]:
+        from qdit.benchmark import benchmark, parse_shape
+
+        shapes = [parse_shape(shape) for shape in self.shapes]
+        return benchmark(
+            shapes, self.tokens, self.groups, self.wbits, threads=self.threads, repeats=self.repeats, out=self.out
+        )
 
 
 COMMANDS: dict[str, type[cli.Command]] = {
@@ -476,6 +508,7 @@ COMMANDS: dict[str, type[cli.Command]] = {
     "quantize": Quantize,
     "sample": Sample,
     "evaluate": Evaluate,
+    "benchmark": Benchmark,
     "reproduce": Reproduce,
 }
 

@@ -60,7 +60,8 @@ def quantize(
         model: a diffusers `DiTTransformer2DModel`, or any module with linear layers.
         config: bits, group sizes, methods.
         calibration: inputs of the model; needed for GPTQ and for static activation ranges.
-        backend: "simulate" computes with dequantised values, "integer" with codes; "auto" is "simulate".
+        backend: "simulate" computes with dequantised values, "integer" with codes; "auto" takes integers where they
+            were measured to be faster (docs/decisions/0005).
 
     Raises:
         InputError: see `find_targets`; also weights that are not finite, or missing calibration.
@@ -96,7 +97,7 @@ def quantize(
     else:
         records = [rounding.nearest(target) for target in targets]
     for name, layer in layers.items():
-        layer.backend = "integer" if backend == "integer" else "simulate"
+        layer.backend = backend
         layer.to(dtypes[name])  # biases and 16-bit weights; what is quantised is stored as integers
     attach(model, config, targets, records)
     return model

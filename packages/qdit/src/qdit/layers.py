@@ -1,12 +1,16 @@
-"""The quantised linear layer, and the attention that reads queries, keys and values from one of them."""
+"""The quantised linear layer, and the attention that reads queries, keys and values from one of them.
+
+How a layer computes: "simulate" multiplies dequantised values; "integer" multiplies codes; "auto" does what the
+recorded measurement says is faster (`integer_wins`; docs/decisions/0005).
+"""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from papercore.errors import InputError
-from papercore.kernels import group_gemm
+from papercore.kernels import PreparedWeight, group_linear, has_fast_integers, prepare_weight, quantize_rows
 from papercore.quant import (
     Parameters,
     choose_parameters,
@@ -70,6 +74,7 @@ class QuantLinear(nn.Module):
         self.rows, self.columns, self.spec, self.name = rows, columns, spec, name
         self.backend: Backend = "simulate"
         self._cached: tuple[torch.device, torch.dtype, Tensor] | None = None
+        self._prepared: tuple[torch.device, PreparedWeight] | None = None
         groups = -(-columns // spec.group_size)
         integer = torch.int16 if spec.scale_dtype == "float16" else torch.int32
         if spec.wbits == 16:
@@ -92,7 +97,7 @@ class QuantLinear(nn.Module):
         self.scale = _to_bits(parameters.scale, self.spec.torch_scale_dtype)
         if not self.spec.w_sym:
             self.zero = parameters.zero.to(torch.uint8)
-        self._cached = None
+        self._forget()
 
     def round_to_nearest(self, weight: Float[Tensor, "rows columns"]) -> None:
         """Quantises `weight` by rounding; keeps it as it is when the layer has 16-bit weights."""
@@ -116,6 +121,20 @@ class QuantLinear(nn.Module):
         if self.spec.wbits == 16:
             return self.weight
         return group_dequantize(*self.codes(), self.spec.group_size)
+
+    def prepared(self, device: torch.device) -> PreparedWeight:
+        """The weight laid out for integer products; made at the first use, and never saved or copied."""
+        if self._prepared is None or self._prepared[0] != device:
+            codes, scale, zero = (value.to(device) for value in self.codes())
+            self._prepared = (device, prepare_weight(codes, scale, zero, self.spec.group_size))
+        return self._prepared[1]
+
+    def _forget(self) -> None:
+        self._cached = self._prepared = None
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._forget()
 
     # ---- activations
 
@@ -156,7 +175,7 @@ class QuantLinear(nn.Module):
     # ---- product
 
     def forward(self, x: Float[Tensor, "*rows columns"]) -> Float[Tensor, "*rows out"]:
-        if self.backend == "integer" and self.spec.act != "none" and self.spec.wbits < 16:
+        if self._takes_integers(x):
             return self._integer(x)
         cached = self._cached
         if cached is None or cached[0] != x.device or cached[1] != x.dtype:
@@ -164,14 +183,24 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(self.quantized_input(x), cached[2], bias)
 
+    def _takes_integers(self, x: Tensor) -> bool:
+        if self.backend == "simulate" or self.spec.act == "none" or self.spec.wbits == 16:
+            return False
+        if self.backend == "integer":
+            return True
+        return integer_wins(x, self.rows, self.columns, self.spec.group_size)
+
     def _integer(self, x: Tensor) -> Tensor:
         spec = self.spec
         flat = x.reshape(-1, self.columns)
-        parameters = self.activation_parameters(x)
-        parameters = Parameters(*(value.reshape(len(flat), -1) for value in parameters))
-        codes = quantize(flat, parameters, spec.abits, spec.group_size, symmetric=spec.a_sym)
-        y = group_gemm(codes, *parameters, *self.codes(), spec.group_size, self.bias)
-        assert isinstance(y, Tensor)
+        parameters = None
+        if spec.act == "static" or spec.act_granularity != "token":
+            chosen = self.activation_parameters(x)
+            parameters = Parameters(*(value.reshape(len(flat), value.shape[-1]) for value in chosen))
+        rows = quantize_rows(flat, spec.abits, spec.group_size, symmetric=spec.a_sym, parameters=parameters)
+        y = group_linear(rows, self.prepared(x.device), self.bias)
+        if spec.act == "static":  # known ranges would turn what is not a number into some code
+            y = y.masked_fill(flat.isnan().any(-1, keepdim=True), torch.nan)
         return y.reshape(*x.shape[:-1], self.rows).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -180,13 +209,20 @@ class QuantLinear(nn.Module):
             f"{self.columns} -> {self.rows}, W{s.wbits}A{s.abits if s.act != 'none' else 16}, groups of {s.group_size}"
         )
 
-    def __deepcopy__(self, memo: dict) -> "QuantLinear":
-        new = QuantLinear(self.rows, self.columns, bias=self.bias is not None, spec=self.spec, name=self.name)
-        new.load_state_dict({name: value.clone() for name, value in self.state_dict().items()})
-        new.backend = self.backend
-        new.train(self.training)
-        memo[id(self)] = new
-        return new
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: everything but the caches."""
+        return {**self.__dict__, "_cached": None, "_prepared": None}
+
+
+def integer_wins(x: Tensor, rows: int, columns: int, group_size: int) -> bool:
+    """Whether integer products of `x` were faster than the simulation wherever this was measured.
+
+    float32 on a CPU with 8-bit dot products: from groups of 64, 64 tokens and half a million weights on. Smaller
+    layers, fewer tokens and smaller groups lose to the calls they need; nothing was measured on a GPU. The tables are
+    in docs/decisions/0005.
+    """
+    large = rows * columns >= 2**19 and x.numel() >= 64 * columns and group_size >= 64
+    return large and x.device.type == "cpu" and x.dtype == torch.float32 and has_fast_integers()
 
 
 class FusedSelfAttention:

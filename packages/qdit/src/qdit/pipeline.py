@@ -13,7 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from papercore.errors import InputError, located
 from papercore.report import Table
-from papercore.rundir import atomic, claim_folder, read_json, write_json
+from papercore.rundir import atomic, check_output_folder, read_json, write_json
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def save_pretrained(model: nn.Module, path: Path) -> None:
         config["quantization_config"] = describe(model)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     folder = Path(path)
-    claim_folder(folder)
+    check_output_folder(folder)
     # a folder is a model only with its configuration: it goes first and comes last
     (folder / "config.json").unlink(missing_ok=True)
     for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):  # an index, shards, or weights of another model
@@ -124,7 +124,7 @@ def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2
             targets = find_targets(model, setting)
         for target in targets:
             layer = install(model, target)
-            layer.backend = "integer" if backend == "integer" else "simulate"
+            layer.backend = backend
         attach(model, setting, targets, [])
     fill(model, weights)
     return model.eval()

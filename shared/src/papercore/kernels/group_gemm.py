@@ -2,8 +2,13 @@
 
 acc[u, m, n] = sum over the columns k of group u of (qx[m, k] - zx[m, u]) (qw[n, k] - zw[n, u])      exact, int32
 y[m, n]      = sum over u of sx[m, u] sw[n, u] acc[u, m, n] + bias[n]                              float32
+
+This takes codes as they are and lays them out at every call. Where a weight is used again, `prepare_weight` does its
+part once and `quantize_rows` and `group_linear` do the rest.
 """
 
+import os
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -11,9 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from papercore.errors import InputError
-from papercore.quant.affine import resolve_group_size
+from papercore.kernels.operators import QuantizedRows, as_int8, group_linear
+from papercore.kernels.prepared import prepare_weight
+from papercore.quant.affine import resolve_group_size, split_groups
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
 
 
 def group_gemm(
@@ -35,11 +42,11 @@ def group_gemm(
         qx, qw: codes of at most 8 bits, signed or unsigned, any integer type.
         sx, sw, zx, zw: scale and zero point of every row and group; zero points hold whole numbers.
         group_size: columns a group; the last group may be shorter.
-        backend: "reference" sums in int64; "cpu" uses torch's int8 product and needs differences code - zero point
-            that fit: always for the activations, and for weights of up to 8 bits; "auto" takes "cpu" where it applies.
+        backend: "reference" sums in int64; "cpu" uses torch's 8-bit product; "triton" needs a GPU, or Triton's
+            interpreter; "auto" takes "cpu" on the CPU, and on a GPU "triton" where Triton is installed.
 
     Raises:
-        InputError: shapes that do not fit, or an unknown back end.
+        InputError: shapes that do not fit, an unknown back end, or one that the device has not.
     """
     size = resolve_group_size(qx.shape[1], group_size)
     groups = -(-qx.shape[1] // size)
@@ -48,9 +55,14 @@ def group_gemm(
             raise InputError(name, found=f"shape {tuple(value.shape)}", expected=f"({rows.shape[0]}, {groups})")
     if qx.shape[1] != qw.shape[1]:
         raise InputError("qw", found=f"{qw.shape[1]} columns", expected=f"{qx.shape[1]} as in qx")
-    if backend not in ("auto", "reference", "cpu"):
-        raise InputError("backend", found=backend, expected="auto, reference or cpu")
-    integer = _accumulate_reference if backend == "reference" or qx.device.type != "cpu" else _accumulate_int8
+    if bias is not None and bias.shape != qw.shape[:1]:
+        raise InputError("bias", found=f"shape {tuple(bias.shape)}", expected=f"({qw.shape[0]},)")
+    chosen = _resolve(backend, qx.device)
+    if chosen == "triton":
+        return _triton(qx, sx, zx, qw, sw, zw, size, bias, return_accumulators)
+    if chosen == "cpu" and not return_accumulators:
+        return group_linear(_rows(qx, sx, zx), prepare_weight(qw, sw, zw, size), bias)
+    integer = _accumulate_reference if chosen == "reference" else _accumulate_int8
     y = torch.zeros(qx.shape[0], qw.shape[0], dtype=torch.float32, device=qx.device)
     kept = []
     for u in range(groups):
@@ -62,6 +74,52 @@ def group_gemm(
     if bias is not None:
         y += bias.float()
     return (y, torch.stack(kept)) if return_accumulators else y
+
+
+def _resolve(backend: str, device: torch.device) -> str:
+    if backend not in ("auto", "reference", "cpu", "triton"):
+        raise InputError("backend", found=backend, expected="auto, reference, cpu or triton")
+    if backend == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if device.type == "cuda" and find_spec("triton") is not None else "reference"
+    if backend == "cpu" and device.type != "cpu":
+        raise InputError("backend", found=backend, expected=f"auto, reference or triton on {device.type}")
+    if backend == "triton":
+        if find_spec("triton") is None:
+            raise InputError("backend", found=backend, expected="Triton installed")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError("backend", found=f"triton for tensors on {device.type}", expected="tensors on a GPU")
+    return backend
+
+
+def _rows(qx: Tensor, sx: Tensor, zx: Tensor) -> QuantizedRows:
+    """Activations of any integer type as unsigned codes, with zero points moved along."""
+    offset = 128 if qx.numel() and int(qx.min()) < 0 else 0
+    return QuantizedRows((qx.to(torch.int16) + offset).to(torch.uint8), sx.float(), zx.float() + offset)
+
+
+def _triton(
+    qx: Tensor, sx: Tensor, zx: Tensor, qw: Tensor, sw: Tensor, zw: Tensor, size: int, bias: Tensor | None, keep: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    from papercore.kernels import triton_kernels
+
+    rows, weight = _rows(qx, sx, zx), prepare_weight(qw, sw, zw, size)
+    codes, zero = as_int8(rows.codes, rows.zero)
+    acc = None
+    if keep:
+        acc = torch.zeros(sx.shape[1], len(qx), len(qw), dtype=torch.int32, device=qx.device)
+    y = triton_kernels.group_linear(
+        codes, rows.scale, zero, weight.codes, weight.scale, weight.sums, weight.rest, bias, size, accumulators=acc
+    )
+    if acc is None:
+        return y
+    # The kernel's sums are of w'; what the centre left of the zero point is subtracted here.
+    rest = zw.to(torch.int32).T - (qw.to(torch.int32) - weight.codes)[:, ::size].T
+    sums = split_groups(codes, size).sum(-1, dtype=torch.int32)
+    lengths = torch.full((sx.shape[1],), size, dtype=torch.int32, device=qx.device)
+    lengths[-1:] = qx.shape[1] - size * (sx.shape[1] - 1)
+    return y, acc - (sums - lengths * zero.to(torch.int32)).T[:, :, None] * rest[:, None]
 
 
 def _accumulate_reference(qx: Tensor, zx: Tensor, qw: Tensor, zw: Tensor) -> Tensor:
