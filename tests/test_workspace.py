@@ -65,7 +65,7 @@ def test_unfinished_packages_say_so(name):
 @pytest.mark.parametrize("folder", [ROOT / "shared", *PACKAGES], ids=lambda path: path.name)
 def test_a_package_declares_what_it_imports(folder):
     """What makes it installable alone: nothing is imported that another package happens to bring along."""
-    modules = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
+    modules = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
     extras = project(folder).get("optional-dependencies", {}).values()
     texts = [*project(folder)["dependencies"], *(text for extra in extras for text in extra)]
     declared = {re.split(r"[<>=!~\[; ]", text)[0].lower() for text in texts}

@@ -233,3 +233,15 @@ def test_moving_ranges(kind):
         scale, zero = observer.parameters()
         assert abs(float(scale) / float(UAQ_ACT[f"running.{kind}.delta"][i]) - 1) <= 1e-5
         assert float(zero) == float(UAQ_ACT[f"running.{kind}.zero"][i])
+
+
+def test_group_gemm_refuses_what_it_cannot_sum():
+    from papercore.errors import InputError
+
+    one = torch.ones(1, 1)
+    for codes, size, words in (
+        (torch.full((1, 4), 256), None, "qx codes: found 256..256"),
+        (torch.zeros(1, 40000, dtype=torch.int16), None, "group size: found 40000"),
+    ):
+        with pytest.raises(InputError, match=words):
+            group_gemm(codes, one, one, torch.zeros_like(codes), one, one, size)

@@ -4,7 +4,7 @@ import dataclasses
 
 import papercore.gpu as gpu
 from qdit import reproduce
-from qdit.gpu_tasks import tasks
+from qdit.gpu_tasks import reproduce_small, tasks
 
 
 def rows(**changes) -> dict[str, reproduce.Row]:
@@ -48,6 +48,14 @@ def test_integer_products_and_checkpoints_are_measured(model, inputs):
 
 def test_the_gpu_tasks_run_on_the_cpu_at_tiny_size(tmp_path):
     entries = gpu.queue(tmp_path, ["qdit"])
-    assert [entry.task.name for entry in entries] == [task.name for task in tasks()]
+    assert {entry.task.name for entry in entries} == {task.name for task in tasks()}
     table = gpu.run_queue(entries, 5, gpu.Request("cpu", True, None), lambda text: None)
-    assert {row[4] for row in table.rows} == {"done"}, table.rows
+    assert {row[0]: row[4] for row in table.rows} == {
+        entry.name: "pending" if entry.task.needs_data else "done" for entry in entries
+    }, table.rows
+
+
+def test_the_small_reproduction_runs_from_the_queue(data):
+    found = reproduce_small(gpu.Request("cpu", True, data))
+    assert [claim["name"] for claim in found["claims"]] == ["C1", "C2", "C3", "C4", "C5"]
+    assert len(found["tables"]["CIFAR-10, every setting"]) == 19

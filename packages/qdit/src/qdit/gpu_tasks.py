@@ -1,5 +1,6 @@
 """qdit's work for the GPU queue."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,27 @@ def tasks() -> list[Task]:
         Task("check-layer", "check", 95, 0.5, check_layer),
         Task("benchmark-linear", "benchmark", 70, 5.0, benchmark_linear),
         Task("benchmark-simulation", "benchmark", 60, 2.0, benchmark_simulation),
+        Task("reproduce-small", "reproduction", 80, 10.0, reproduce_small, requires=("diffusers",), needs_data=True),
     ]
+
+
+def reproduce_small(request: Request) -> Mapping[str, Any]:
+    """The claims at small scale; the data folder has the CIFAR-10 DiT, the ResNet and the test pictures."""
+    import tempfile
+    from pathlib import Path
+
+    from papercore.reproduce import Settings
+
+    from qdit import small
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings("small", Path(folder), request.data, request.device, 0, lambda text: None)
+        result = small.run(settings, small.TINY if request.tiny else small.FULL)
+    return {
+        "claims": [dataclasses.asdict(claim) for claim in result.claims],
+        "tables": {table.title: table.records() for table in result.tables},
+        "text": result.text,
+    }
 
 
 def _layer(rows: int, columns: int, group: int, wbits: int, device: str) -> tuple[QuantLinear, torch.Tensor]:

@@ -139,7 +139,7 @@ class QDiTQuantizer(DiffusersQuantizer):
             targets = find_targets(model, setting)
         with torch.device("meta"):
             for target in targets:
-                install(model, target)
+                install(model, target).backend = "auto"
         for file in self.files:
             if file.suffix != ".safetensors":
                 raise InputError("weights are refused", where=file, found=file.suffix, expected="safetensors")

@@ -23,6 +23,10 @@ from papercore.quant.affine import resolve_group_size, split_groups
 Backend = Literal["auto", "reference", "cpu", "triton"]
 
 
+LARGEST_GROUP = (2**31 - 1) // 255**2
+"""columns of a group whose exact sum of products always fits into int32"""
+
+
 def group_gemm(
     qx: Int[Tensor, "m k"],
     sx: Float[Tensor, "m g"],
@@ -46,7 +50,8 @@ def group_gemm(
             interpreter; "auto" takes "cpu" on the CPU, and on a GPU "triton" where Triton is installed.
 
     Raises:
-        InputError: shapes that do not fit, an unknown back end, or one that the device has not.
+        InputError: shapes that do not fit, codes of more than 8 bits, groups too large for int32, an unknown back end,
+            or one that the device has not.
     """
     size = resolve_group_size(qx.shape[1], group_size)
     groups = -(-qx.shape[1] // size)
@@ -57,6 +62,11 @@ def group_gemm(
         raise InputError("qw", found=f"{qw.shape[1]} columns", expected=f"{qx.shape[1]} as in qx")
     if bias is not None and bias.shape != qw.shape[:1]:
         raise InputError("bias", found=f"shape {tuple(bias.shape)}", expected=f"({qw.shape[0]},)")
+    if size > LARGEST_GROUP:
+        raise InputError("group size", found=size, expected=f"at most {LARGEST_GROUP}, whose sums fit into 32 bits")
+    for name, codes in (("qx", qx), ("qw", qw)):
+        if codes.numel() and not -128 <= int(codes.min()) <= int(codes.max()) <= 255:
+            raise InputError(f"{name} codes", found=f"{int(codes.min())}..{int(codes.max())}", expected="8 bits")
     chosen = _resolve(backend, qx.device)
     if chosen == "triton":
         return _triton(qx, sx, zx, qw, sw, zw, size, bias, return_accumulators)
