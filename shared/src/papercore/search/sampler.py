@@ -196,6 +196,21 @@ def run_search(
     Raises:
         InputError: the storage holds another search.
     """
+    try:
+        return _run(study, sampler, evaluate, evaluations, description, alone, label)
+    finally:
+        close(study)
+
+
+def _run(
+    study: "Study",
+    sampler: EvolutionSampler,
+    evaluate: Callable[[Genome], float],
+    evaluations: int,
+    description: Mapping[str, Any],
+    alone: bool,
+    label: str,
+) -> list[Evaluation]:
     known = study.user_attrs.get("description")
     if known is None:
         study.set_user_attr("description", dict(description))
@@ -227,3 +242,11 @@ def run_search(
             study.tell(trial, value if value == value else float("inf"))
             progress.advance(f"best {study.best_value:.4g}")
     return [Evaluation(sampler.evaluation(trial)[1], float(trial.value or 0.0)) for trial in finished()]
+
+
+def close(study: "Study") -> None:
+    """Closes the connections of a database storage; they are opened again when they are needed."""
+    storage: Any = study._storage
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    if engine is not None:
+        engine.dispose()
