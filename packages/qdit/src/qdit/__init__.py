@@ -25,10 +25,13 @@ _WHERE = {
     "gptq": "qdit.rounding",
     "group_dequantize": "papercore.quant",
     "group_gemm": "papercore.kernels",
+    "inception_score": "qdit.metrics",
+    "precision_recall": "qdit.metrics",
     "group_quantize": "papercore.quant",
     "images_to_uint8": "papercore.images",
     "layer_cost": "papercore.quant",
     "load_pretrained": "qdit.pipeline",
+    "model_cost": "qdit.estimate",
     "noise_error": "qdit.convert",
     "pack_codes": "papercore.quant",
     "precomputed_conditioning": "qdit.conditioning",
@@ -63,10 +66,13 @@ __all__ = [
     "group_gemm",
     "group_quantize",
     "images_to_uint8",
+    "inception_score",
     "layer_cost",
     "load_pretrained",
+    "model_cost",
     "noise_error",
     "pack_codes",
+    "precision_recall",
     "precomputed_conditioning",
     "quantize",
     "register",
@@ -97,9 +103,11 @@ if TYPE_CHECKING:
     from qdit.conditioning import precomputed_conditioning, share_embedders
     from qdit.config import QDiTConfig
     from qdit.convert import dequantize, noise_error, quantize
+    from qdit.estimate import model_cost
     from qdit.granularity import SearchResult, search_group_sizes
     from qdit.hub import DiffusersConfig, register
     from qdit.layers import QuantLinear
+    from qdit.metrics import inception_score, precision_recall
     from qdit.original import from_original
     from qdit.pipeline import load_pretrained, save_pretrained
     from qdit.rounding import GPTQResult, Hessian, gptq

@@ -500,6 +500,89 @@ class Benchmark(cli.Command):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate(cli.Command):
+    """Size and cost of a setting, from a model's config.json alone."""
+
+    model: Positional[Path]
+    """folder of a DiT, or its config.json; weights are not needed"""
+    wbits: int = 4
+    """bits of a weight"""
+    abits: int = 8
+    """bits of an activation"""
+    group_size: int | Literal["row"] = 128
+    """input channels a group; row: one group"""
+    group_sizes: Path | None = None
+    """JSON plan, instead of --group-size"""
+    w_sym: bool = False
+    """symmetric weights"""
+    adaln_bits: int | None = None
+    """bits of the adaLN weights; None leaves them alone"""
+    rest_bits: int = 16
+    """bits of every parameter that is not quantised"""
+
+    def run(self) -> Mapping[str, Any]:
+        from qdit.config import QDiTConfig, read_plan
+        from qdit.estimate import as_result, model_cost
+
+        if self.rest_bits not in (16, 32):
+            raise InputError("--rest-bits", found=self.rest_bits, expected="16 or 32")
+        sizes: Any = None if self.group_size == "row" else self.group_size
+        if self.group_sizes is not None:
+            sizes = read_plan(self.group_sizes)[0]
+        with located(self.group_sizes or "qdit estimate"):
+            config = QDiTConfig(self.wbits, self.abits, sizes, w_sym=self.w_sym, gptq=False, adaln_bits=self.adaln_bits)
+            return as_result(model_cost(self.model, config, rest_bits=self.rest_bits))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(cli.Command):
+    """Compare a quantised with its full-precision DiT: errors by layer and timestep, pictures side by side."""
+
+    model: Positional[Path]
+    """folder of the full-precision DiT"""
+    quantised: Positional[Path]
+    """folder of the quantised one"""
+    out: Path
+    """folder for report.html and report.md"""
+    calibration: Path | None = None
+    """file of qdit calibrate to measure on; without one, 256 inputs are sampled from the model"""
+    steps: int = 50
+    """sampling steps of the pictures"""
+    guidance: float = 1.5
+    """classifier-free guidance weight of the pictures; 1 for none"""
+    seed: int = 0
+    """of sampled inputs and pictures"""
+    device: Device = "auto"
+    """where to compute"""
+
+    def run(self) -> Mapping[str, Any]:
+        check_output_folder(self.out)
+        if self.steps < 1:
+            raise InputError("--steps", found=self.steps, expected="at least 1")
+        from papercore.report import write_html, write_markdown
+
+        from qdit.calibration import Calibration, collect_calibration
+        from qdit.diagnose import diagnose
+        from qdit.pipeline import load_pretrained
+
+        device = pick_device(self.device)
+        model, quantised = (load_pretrained(path).to(device) for path in (self.model, self.quantised))  # pyright: ignore
+        if self.calibration is None:
+            say("sampling 256 inputs from the model")
+            calibration = collect_calibration(model, seed=self.seed)
+        else:
+            calibration = Calibration.load(self.calibration)
+            calibration.check_fits(model, self.calibration)
+        with located(self.quantised):
+            result, sections = diagnose(
+                model, quantised, calibration, steps=self.steps, guidance=self.guidance, seed=self.seed
+            )
+        write_html(self.out / "report.html", "Errors of a quantised DiT", sections)
+        write_markdown(self.out / "report.md", "Errors of a quantised DiT", sections)
+        return {**result, "report": self.out / "report.html"}
+
+
 COMMANDS: dict[str, type[cli.Command]] = {
     "train": Train,
     "import": Import,
@@ -508,6 +591,8 @@ COMMANDS: dict[str, type[cli.Command]] = {
     "quantize": Quantize,
     "sample": Sample,
     "evaluate": Evaluate,
+    "estimate": Estimate,
+    "report": Report,
     "benchmark": Benchmark,
     "reproduce": Reproduce,
 }
