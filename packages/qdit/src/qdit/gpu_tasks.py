@@ -19,7 +19,15 @@ def tasks() -> list[Task]:
         Task("check-layer", "check", 95, 0.5, check_layer),
         Task("benchmark-linear", "benchmark", 70, 5.0, benchmark_linear),
         Task("benchmark-simulation", "benchmark", 60, 2.0, benchmark_simulation),
-        Task("reproduce-small", "reproduction", 80, 10.0, reproduce_small, requires=("diffusers", "optuna"), needs_data=True),
+        Task(
+            "reproduce-small",
+            "reproduction",
+            80,
+            10.0,
+            reproduce_small,
+            requires=("diffusers", "optuna"),
+            needs_data=True,
+        ),
     ]
 
 
