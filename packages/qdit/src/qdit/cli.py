@@ -105,6 +105,7 @@ class Import(cli.Command):
     """keep one timestep and label embedder for all blocks, as the original does, instead of one a block"""
 
     def run(self) -> Mapping[str, Any]:
+        check_output_folder(self.out)
         for name in ("heads", "patch", "input_size", "classes"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}", found=getattr(self, name), expected="at least 1")
@@ -492,6 +493,8 @@ class Benchmark(cli.Command):
     """JSON file for every single timing, the versions and the processor's features"""
 
     def run(self) -> Mapping[str, Any]:
+        if self.out is not None:
+            check_output_file(self.out)
         from qdit.benchmark import benchmark, parse_shape
 
         shapes = [parse_shape(shape) for shape in self.shapes]

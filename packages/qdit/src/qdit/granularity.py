@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxtyping import Int
 from papercore.diffusion import frechet_distance, statistics
-from papercore.errors import InputError
+from papercore.errors import InputError, located
 from papercore.images import images_to_uint8
 from papercore.quant import layer_cost
 from papercore.report import Picture, Table
@@ -126,15 +126,16 @@ def search_group_sizes(
         "abits": config.abits,
         "gptq": config.gptq,
     }
-    found = run_search(
-        study,
-        sampler,
-        lambda genome: fitness(candidates.switch(genome)),
-        population * iterations,
-        description=description,
-        alone=alone,
-        label="group sizes",
-    )
+    with located(storage or "search"):
+        found = run_search(
+            study,
+            sampler,
+            lambda genome: fitness(candidates.switch(genome)),
+            population * iterations,
+            description=description,
+            alone=alone,
+            label="group sizes",
+        )
 
     def named(genome: Genome) -> dict[str, int]:
         return {target.name: genes[target.name][i] for target, i in zip(targets, genome, strict=True)}

@@ -6,9 +6,10 @@ one. A genome over the budget or already seen is drawn again; when that fails to
 place. What is drawn for trial i depends on the seed, on i, and on the trials before it.
 """
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,57 +197,46 @@ def run_search(
     Raises:
         InputError: the storage holds another search.
     """
+    with connected(study):
+        known = study.user_attrs.get("description")
+        if known is None:
+            study.set_user_attr("description", dict(description))
+        else:
+            for key in sorted(set(known) | set(description)):
+                if known.get(key) != description.get(key):
+                    raise InputError(
+                        f"search setting {key}",
+                        found=repr(known.get(key)),
+                        expected=repr(description.get(key)),
+                        hint="this storage holds another search",
+                    )
+        if alone:
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+                study.tell(trial.number, state=TrialState.FAIL)
+
+        def finished() -> list[FrozenTrial]:
+            return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+        done = len(finished())
+        with Progress(label, evaluations, start=done) as progress:
+            while len(finished()) < evaluations:
+                trial = study.ask()
+                for name in sampler.space.genes:
+                    trial.suggest_categorical(name, list(sampler.space.genes[name]))
+                _, genome = sampler.evaluation(study.trials[trial.number])
+                value = evaluate(genome)
+                study.tell(trial, value if value == value else float("inf"))
+                progress.advance(f"best {study.best_value:.4g}")
+        return [Evaluation(sampler.evaluation(trial)[1], float(trial.value or 0.0)) for trial in finished()]
+
+
+@contextlib.contextmanager
+def connected(study: "Study") -> Iterator[None]:
+    """On leaving, the connections of a database storage are closed; they are opened again when they are needed."""
     try:
-        return _run(study, sampler, evaluate, evaluations, description, alone, label)
+        yield
     finally:
-        close(study)
-
-
-def _run(
-    study: "Study",
-    sampler: EvolutionSampler,
-    evaluate: Callable[[Genome], float],
-    evaluations: int,
-    description: Mapping[str, Any],
-    alone: bool,
-    label: str,
-) -> list[Evaluation]:
-    known = study.user_attrs.get("description")
-    if known is None:
-        study.set_user_attr("description", dict(description))
-    else:
-        for key in sorted(set(known) | set(description)):
-            if known.get(key) != description.get(key):
-                raise InputError(
-                    f"search setting {key}",
-                    where=study.study_name,
-                    found=repr(known.get(key)),
-                    expected=repr(description.get(key)),
-                    hint="this storage holds another search",
-                )
-    if alone:
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-            study.tell(trial.number, state=TrialState.FAIL)
-
-    def finished() -> list[FrozenTrial]:
-        return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-    done = len(finished())
-    with Progress(label, evaluations, start=done) as progress:
-        while len(finished()) < evaluations:
-            trial = study.ask()
-            for name in sampler.space.genes:
-                trial.suggest_categorical(name, list(sampler.space.genes[name]))
-            _, genome = sampler.evaluation(study.trials[trial.number])
-            value = evaluate(genome)
-            study.tell(trial, value if value == value else float("inf"))
-            progress.advance(f"best {study.best_value:.4g}")
-    return [Evaluation(sampler.evaluation(trial)[1], float(trial.value or 0.0)) for trial in finished()]
-
-
-def close(study: "Study") -> None:
-    """Closes the connections of a database storage; they are opened again when they are needed."""
-    storage: Any = study._storage
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
-    if engine is not None:
-        engine.dispose()
+        storage: Any = study._storage
+        engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+        if engine is not None:
+            engine.dispose()
