@@ -8,7 +8,8 @@ import pytest
 import qdit
 import torch
 from papercore.errors import InputError
-from qdit.cli import main, parse_limit
+from qdit.cli import main
+from qdit.commands.options import parse_limit
 from qdit.config import QDiTConfig
 from qdit.granularity import (
     costs,
