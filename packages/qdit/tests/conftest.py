@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from papercore.data.cifar_resnet import CifarResNet, resnet_file
 from PIL import Image
 from qdit.calibration import Calibration
-from qdit.cifar10 import DIT, RESNET, ResNet56
+from qdit.cifar10 import DIT
 from safetensors.torch import save_file
 
 
@@ -57,8 +58,8 @@ def data(tmp_path) -> Path:
     model = DiTTransformer2DModel(**config)
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, tmp_path / f"{DIT}.safetensors")
     (tmp_path / f"{DIT}.json").write_text(json.dumps({"config": {"_class_name": "DiTTransformer2DModel", **config}}))
-    resnet = {k: v for k, v in ResNet56().state_dict().items() if not k.endswith("batches_tracked")}
-    save_file(resnet, tmp_path / RESNET)
+    resnet = {k: v for k, v in CifarResNet(56).state_dict().items() if not k.endswith("batches_tracked")}
+    save_file(resnet, resnet_file(tmp_path, 56))
     pixels = np.random.default_rng(0).integers(0, 256, (64, 3200, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "images" / "cifar10" / "test_00.webp", lossless=True)
     return tmp_path

@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from papercore.data.cifar_resnet import CifarFeatures, resnet_file
 from papercore.errors import InputError
 from papercore.reproduce import Settings
-from PIL import Image
 from qdit import small
 from qdit.calibration import Calibration
-from qdit.cifar10 import DIT, RESNET, ResNetFeatures, load_dit
-from qdit.cifar10 import test_images as read_test_images
+from qdit.cifar10 import DIT, load_dit
 from qdit.config import QDiTConfig
 from qdit.convert import noise_error, quantize
 
@@ -30,34 +29,19 @@ def test_the_whole_of_it_runs_at_smallest_size(data, tmp_path):
     assert (tmp_path / "out" / "search.jsonl").exists()
 
 
-def test_mosaics_are_read_in_order(data):
-    images = read_test_images(data)
-    assert images.shape == (200, 32, 32, 3)
-    mosaic = np.asarray(Image.open(data / "images" / "cifar10" / "test_00.webp"))
-    assert np.array_equal(images[101].numpy(), mosaic[32:64, 32:64])
-
-
 def test_missing_and_damaged_files_are_named(data):
     with pytest.raises(InputError, match="--data"):
         small.run(Settings("small", data, None, "cpu", 0, lambda text: None), small.TINY)
-    (data / RESNET).write_bytes(b"junk")
+    resnet_file(data, 56).write_bytes(b"junk")
     with pytest.raises(InputError, match=r"cifar10_resnet56\.safetensors: weights"):
-        ResNetFeatures(data, "cpu")
-    (data / "images" / "cifar10" / "test_00.webp").unlink()
-    with pytest.raises(InputError, match="no test pictures"):
-        read_test_images(data)
+        CifarFeatures(data)
     (data / f"{DIT}.json").write_text('{"config": 3}')
     with pytest.raises(InputError, match=r"\.json: config"):
         load_dit(data)
 
 
-@pytest.mark.skipif(not (REAL / RESNET).exists(), reason="the CIFAR-10 data folder is not beside the repository")
+@pytest.mark.skipif(not resnet_file(REAL, 56).exists(), reason="the CIFAR-10 data folder is not beside the repository")
 def test_the_real_weights():
-    images = read_test_images(REAL)
-    assert len(images) == 10_000
-    found = ResNetFeatures(REAL, "cpu")(images[:200])
-    accuracy = (found["probabilities"].argmax(1) == torch.arange(200) % 10).float().mean()
-    assert accuracy >= 0.88
     generator = torch.Generator().manual_seed(0)
     model = load_dit(REAL)
     inputs = Calibration(

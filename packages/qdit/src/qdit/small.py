@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from papercore.data.cifar import CLASSES, cifar
+from papercore.data.cifar_resnet import CifarFeatures
 from papercore.errors import InputError
 from papercore.images import grid_png, images_to_uint8
 from papercore.progress import track
@@ -19,7 +21,7 @@ from papercore.reproduce import Claim, Reproduction, Settings
 from torch import Tensor, nn
 
 from qdit.calibration import collect_calibration
-from qdit.cifar10 import CLASSES, ResNetFeatures, load_dit, test_images
+from qdit.cifar10 import load_dit
 from qdit.config import QDiTConfig
 from qdit.convert import noise_error, quantize
 from qdit.evaluate import Features, compare, describe
@@ -61,13 +63,13 @@ def run(settings: Settings, effort: Effort = FULL) -> Reproduction:
         "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device.replace("auto", "cpu")
     )
     model: nn.Module = load_dit(settings.data).to(device)  # pyright: ignore[reportArgumentType]
-    space = ResNetFeatures(settings.data, device)
-    reference = describe(test_images(settings.data), space)
+    space = CifarFeatures(settings.data, device)
+    reference = describe(cifar(settings.data, "test").images, space)
     calibration = collect_calibration(model, samples=effort.calibration, steps=effort.steps, seed=settings.seed + 1)
     held_out = collect_calibration(model, samples=effort.calibration, steps=effort.steps, seed=settings.seed + 2)
     searched = search(settings, model, calibration, held_out, reference, space, effort)
 
-    labels = torch.arange(effort.samples) % CLASSES
+    labels = torch.arange(effort.samples) % CLASSES["cifar10"]
     rows: dict[str, dict[str, Any]] = {}
     grids: dict[str, Tensor] = {}
     for name, config in track(grid(searched).items(), "qdit: settings", len(grid(searched))):
@@ -114,11 +116,11 @@ def search(
     calibration: Any,
     held_out: Any,
     reference: Features,
-    space: ResNetFeatures,
+    space: CifarFeatures,
     effort: Effort,
 ) -> SearchResult:
     """The search on the error of the noise, its best ranked again by the Frechet distance of their samples."""
-    labels = torch.arange(effort.reranking_samples) % CLASSES
+    labels = torch.arange(effort.reranking_samples) % CLASSES["cifar10"]
     return search_group_sizes(
         model,
         QDiTConfig(4, 8, BUDGET),
