@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user gave is wrong: a file, an option, a value. Ends a command with exit code 2.
+
+    Callers in Python may catch it as the `ValueError` that it is.
 
     Args:
         what: the field, key, tensor or option that is wrong, or a whole sentence.
