@@ -8,7 +8,9 @@ import pytest
 import qdit
 import torch
 from papercore.errors import InputError
+from qdit.blockwise import Rounding
 from qdit.config import QDiTConfig, read_plan
+from qdit.convert import collect_hessians
 from qdit.layers import LayerSpec, QuantLinear
 from qdit.original import fold_channel_spread
 from qdit.pipeline import report
@@ -209,19 +211,86 @@ def test_gptq_act_order_dead_columns_and_damping():
 
 
 def test_a_layer_whose_hessian_fails_is_rounded_with_a_warning(model, inputs, monkeypatch):
-    import qdit.convert
+    import qdit.blockwise
     import qdit.rounding
 
     def fails(*_, **__):
         raise qdit.rounding.SingularHessianError("no factor")
 
-    monkeypatch.setattr(qdit.convert, "gptq", fails)
+    monkeypatch.setattr(qdit.blockwise, "gptq", fails)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         quantised = qdit.quantize(model, dataclasses.replace(PLAIN, gptq=True), inputs)
     assert [str(w.message) for w in heard] == [f"layer {name}: no factor; rounded to nearest instead" for name in NAMES]
     assert {record.method for record in quantised.qdit_records} == {"nearest"}
     assert torch.equal(inputs.run(quantised, inputs), inputs.run(qdit.quantize(model, PLAIN), inputs))
+
+
+def test_order_and_damping_reach_gptq(model, inputs):
+    config = dataclasses.replace(PLAIN, gptq=True, act_order=True, percdamp=0.1)
+    hessians = collect_hessians(model, config, inputs)
+    quantised = qdit.quantize(model, config, inputs)
+    name = NAMES[2]
+    layer, weight = quantised.get_submodule(name), model.get_submodule(name).weight
+    plain = {"group_size": 8, "bits": 4, "scale_dtype": torch.float16}
+    alone = qdit.gptq(weight, hessians[name], act_order=True, percdamp=0.1, **plain)
+    assert torch.equal(layer.dequantized(), alone.dequantize())
+    assert not torch.equal(layer.dequantized(), qdit.gptq(weight, hessians[name], **plain).dequantize())
+
+
+@pytest.mark.parametrize("kind", ["blocks", "any model"])
+def test_an_interrupted_gptq_goes_on_from_the_last_finished_block(model, inputs, tmp_path, monkeypatch, kind):
+    config = dataclasses.replace(PLAIN, gptq=True)
+    if kind == "any model":
+        model.transformer_blocks = nn.Sequential(*model.transformer_blocks)  # one pseudo-block
+    whole = qdit.quantize(model, config, inputs)
+    names = [target.name for target in whole.qdit_targets]
+    rounded = []
+
+    def counting(self, target, hessian, rounding=Rounding.round_one):
+        rounded.append(target.name)
+        if rounded.count(names[-1]) == 1 and target.name == names[-1]:
+            raise KeyboardInterrupt
+        return rounding(self, target, hessian)
+
+    monkeypatch.setattr(Rounding, "round_one", counting)
+    with pytest.raises(KeyboardInterrupt):
+        qdit.quantize(model, config, inputs, progress=tmp_path)
+    rounded[:] = [names[-1]]
+    again = qdit.quantize(model, config, inputs, progress=tmp_path)
+    assert rounded[1:] == (names[4:] if kind == "blocks" else names)
+    assert again.qdit_records == whole.qdit_records
+    assert torch.equal(inputs.run(again, inputs), inputs.run(whole, inputs))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    # all blocks are there now; a damaged one, or those of another run, are done again
+    files = sorted(tmp_path.iterdir())
+    files[-1].write_bytes(files[-1].read_bytes()[:100])
+    rounded[:] = [names[-1]]
+    qdit.quantize(model, config, inputs, progress=tmp_path)
+    assert rounded[1:] == (names[4:] if kind == "blocks" else names)
+    rounded[:] = [names[-1]]
+    qdit.quantize(model, dataclasses.replace(config, percdamp=0.02), inputs, progress=tmp_path)
+    assert rounded[1:] == names
+
+
+def test_inputs_that_are_not_finite_are_named_when_asked(model, inputs):
+    layer = NAMES[3]
+    for backend in ("simulate", "integer"):
+        quantised = qdit.quantize(model, PLAIN, backend=backend)
+        x = torch.randn(2, 3, 96)
+        x[0, 1, 5] = torch.nan
+        y = quantised.get_submodule(layer)(x)
+        assert y.isnan().any(-1).tolist() == [[False, True, False], [False, False, False]]
+        checking = qdit.quantize(model, PLAIN, backend=backend, check_finite=True)
+        assert torch.equal(inputs.run(checking, inputs), inputs.run(quantised, inputs))
+        with pytest.raises(InputError, match=rf"layer {layer}: found 1 values that are not finite"):
+            checking.get_submodule(layer)(x)
+        with pytest.raises(InputError, match="65504"):
+            checking.get_submodule(layer)((x.nan_to_num(0) * 1e6).half())
+    wrong = dataclasses.replace(inputs, x=inputs.x * torch.inf)
+    with pytest.raises(InputError, match=rf"layer {NAMES[0]}: calibration input: .*not finite"):
+        qdit.quantize(model, dataclasses.replace(PLAIN, gptq=True), wrong)
 
 
 def test_sizes_by_pattern_list_and_row(model):

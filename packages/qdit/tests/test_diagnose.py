@@ -49,6 +49,36 @@ def test_a_layers_error_is_its_own(model, inputs):
             layer_errors(model, wrong, inputs)
 
 
+@torch.no_grad()
+def test_ranges_and_errors_of_the_inputs(model, inputs):
+    """By hand for the last layer of a block, whose inputs come from GELU and are one-sided."""
+    seen = []
+    handle = model.transformer_blocks[1].ff.net[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs.run(model, inputs)
+    handle.remove()
+    errors = layer_errors(model, qdit.quantize(model, dataclasses.replace(PLAIN, abits=4)), inputs, buckets=2)
+    index = errors.layers.index("transformer_blocks.1.ff.net.2")
+    x = seen[0]
+    for bucket, chosen in enumerate((inputs.t < 500, inputs.t >= 500)):
+        assert float(errors.largest[index, bucket]) == pytest.approx(float(x[chosen].abs().max()))
+    for kind, symmetric in enumerate((False, True)):
+        change = (qdit.fake_quantize(x, 4, 8, symmetric=symmetric) - x).square().sum() / x.square().sum()
+        assert float(errors.inputs[index, kind]) == pytest.approx(float(change), rel=1e-5)
+    assert errors.inputs[index, 0] < errors.inputs[index, 1]
+    left = layer_errors(model, qdit.quantize(model, dataclasses.replace(PLAIN, act="none")), inputs, buckets=2)
+    assert left.inputs.isnan().all()
+
+
+def test_inputs_that_float16_cannot_hold_are_reported(model, inputs):
+    quantised = qdit.quantize(model, PLAIN)
+    assert diagnose(model, quantised, inputs, steps=1, guidance=None, seed=0)[0]["above_float16"] == []
+    with torch.no_grad():
+        model.transformer_blocks[1].ff.net[0].proj.bias[3] = 70_000
+    result, sections = diagnose(model, quantised, inputs, steps=1, guidance=None, seed=0)
+    assert result["above_float16"] == ["transformer_blocks.1.ff.net.2"]
+    assert "65504" in sections[0].text
+
+
 def small_config(model, head: int) -> dict:
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
     return config | {"attention_head_dim": head}
@@ -58,14 +88,14 @@ def test_the_page_and_the_command(model, inputs, tmp_path, capsys):
     quantised = qdit.quantize(model, PLAIN)
     result, sections = diagnose(model, quantised, inputs, steps=2, guidance=None, seed=0)
     assert result["noise_error"] == pytest.approx(qdit.noise_error(model, quantised, inputs))
-    assert len(sections[0].pictures) == 2
+    assert len(sections[0].pictures) == 4
     save_pretrained(model, tmp_path / "full")
     save_pretrained(quantised, tmp_path / "packed")
     inputs.save(tmp_path / "c")
     report = ("report", tmp_path / "full", tmp_path / "packed", "--calibration", tmp_path / "c", "--steps", 2)
     assert command(*report, "--out", tmp_path / "page", "--device", "cpu", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 8
-    assert (tmp_path / "page" / "report.html").read_text().count("data:image/png") == 2
+    assert (tmp_path / "page" / "report.html").read_text().count("data:image/png") == 4
     assert (
         command(
             "report", tmp_path / "full", tmp_path / "full", "--out", tmp_path / "p", "--calibration", tmp_path / "c"

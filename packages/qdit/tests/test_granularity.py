@@ -174,6 +174,19 @@ def test_the_command(model, tmp_path, capsys):
     stored = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["group_sizes"]
     assert stored == json.loads((tmp_path / "s" / "plan.json").read_text())
     capsys.readouterr()
+    pictures = ("--limit", "uniform=12", "--fitness", "frechet", "--rerank", "--pictures", 12, "--steps", 2)
+    assert command(*search, *pictures, "--guidance", 1, "--out", tmp_path / "f", "--json") == 0
+    best = json.loads(capsys.readouterr().out)["candidates"][0]
+    assert best["second fitness"] == best["fitness"] > 0
+    ranked = (*search, "--limit", "uniform=12", "--rerank", "--pictures", 12, "--steps", 2, "--features", "pixels")
+    assert command(*ranked, "--out", tmp_path / "s", "--json") == 0  # the log of the first search serves again
+    table = json.loads(capsys.readouterr().out)["candidates"]
+    found = [row["second fitness"] for row in table if row["candidate"].startswith("searched")]
+    assert found == sorted(found)
+    assert command(*search, *pictures) == 2
+    assert "this storage holds another search" in capsys.readouterr().err
+    assert command(*search, *pictures, "--pictures", 1, "--out", tmp_path / "g") == 2
+    assert "--pictures" in capsys.readouterr().err
     for limit, words in (("uniform=x", "--limit"), ("speed=3", "--limit"), ("bits=4.01", "at least")):
         assert command(*search, "--limit", limit) == 2
         err = capsys.readouterr().err

@@ -318,6 +318,19 @@ def test_sampling_latents_on_the_command_line(latent, vae, tmp_path, capsys):
     with torch.no_grad():
         expected = qdit.images_to_uint8(vae.decode(latents / 0.5).sample)
     assert np.abs(pictures[0] - expected.numpy()).max() <= 1
+    # pipelines as folders of the model and of the autoencoder; the former name of the class
+    DiTPipeline(latent, vae, DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    where = tmp_path / "pipeline" / "transformer" / "config.json"
+    config = {**json.loads(where.read_text()), "_class_name": "Transformer2DModel", "cross_attention_dim": None}
+    where.write_text(json.dumps(config))
+    published = qdit.load_pretrained(tmp_path / "pipeline")
+    assert all(torch.equal(value, latent.state_dict()[name]) for name, value in published.state_dict().items())
+    both = (tmp_path / "pipeline", "--vae", tmp_path / "pipeline", "--out", tmp_path / "p.npz")
+    assert command("sample", *both, *options[2:]) == 0
+    for field, value in (("use_linear_projection", True), ("norm_type", "layer_norm")):
+        where.write_text(json.dumps({**config, field: value}))
+        with pytest.raises(InputError, match=f"config.json: .*{field}.*: found .*{value}"):
+            qdit.load_pretrained(tmp_path / "pipeline")
 
     three = AutoencoderKL(**{**vae.config, "latent_channels": 3})
     three.save_pretrained(tmp_path / "three")

@@ -26,7 +26,7 @@ PLAIN = QDiTConfig(wbits=4, abits=8, group_size=8, gptq=False)
         {},
         {"wbits": 8, "w_sym": True, "a_sym": True, "scale_dtype": "float32"},
         {"wbits": 3, "group_size": 7},
-        {"act": "static", "gptq": True},
+        {"act": "static", "gptq": True, "act_order": True, "percdamp": 0.05},
         {"wbits": 16},
         {"group_size": {"*.qkv": 4, "*": None}, "act_granularity": {"*.qkv": "sample", "*": "token"}},
         {"adaln_bits": 4, "modules_to_not_convert": ("*.ff.net.2",)},
@@ -132,6 +132,14 @@ QKV = "transformer_blocks.0.attn1.qkv"
         (
             lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(wbits="4")),
             ("config.json: quantization_config: field wbits", "'4' (str)", "whole number"),
+        ),
+        (
+            lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(gptq={"order": 1})),
+            ("quantization_config.gptq", "order"),
+        ),
+        (
+            lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(gptq={"percdamp": -1})),
+            ("percdamp", "-1"),
         ),
         (
             lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(group_sizes=8)),

@@ -61,6 +61,8 @@ def read_arrays(path: Path, *, only: str | None = None, without: str | None = No
                 raise InputError("not an archive", where=path, found="a single array", expected=".npz")
             names = [name for name in archive.files if name != without]
             arrays = {name: archive[name] if only in (None, name) else np.empty(0) for name in names}
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError("cannot be read as .npz", where=path, found=str(error), expected="an .npz file") from error
     for name, array in arrays.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -46,6 +47,10 @@ class QDiTConfig:
     layers or by pattern"""
     gptq: bool = True
     """round weights with GPTQ (needs calibration); False rounds to nearest"""
+    act_order: bool = False
+    """GPTQ takes columns with large inputs first; scales then come from the uncorrected weights"""
+    percdamp: float = 0.01
+    """GPTQ's damping, as a share of the mean diagonal of the Hessian"""
     adaln_bits: int | None = None
     """bits of the adaLN layers' weights; None leaves them alone"""
     scale_dtype: Literal["float16", "float32"] = "float16"
@@ -67,6 +72,9 @@ class QDiTConfig:
         for name, allowed in (("act", ("dynamic", "static", "none")), ("scale_dtype", ("float16", "float32"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"field {name}", found=getattr(self, name), expected=" or ".join(allowed))
+        damping = self.percdamp
+        if not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 <= damping < math.inf:
+            raise InputError("field percdamp", found=damping, expected="a number of at least 0")
         if self.act == "static" and self.a_sym:
             raise InputError("field a_sym", found=True, expected="false: static ranges are asymmetric")
         for size in self._sizes():

@@ -9,7 +9,7 @@ from papercore.errors import InputError
 from papercore.rundir import read_json
 from torch import Tensor
 
-from qdit.weights import weight_files
+from qdit.weights import component, weight_files
 
 BATCH = 8
 """latents decoded at once; a decoder of 256 x 256 pixels needs about 1 GB for eight"""
@@ -18,9 +18,12 @@ BATCH = 8
 def load_decoder(path: Path, channels: int) -> AutoencoderKL:
     """The AutoencoderKL in the folder `path`, for latents of `channels` channels, on the CPU, in evaluation mode.
 
+    `path` may be a pipeline of diffusers that has it as `vae`.
+
     Raises:
         InputError: a missing, damaged or pickled file, another model, or another number of channels.
     """
+    path = component(path, "vae")
     where = path / "config.json"
     config = read_json(where)
     found = config.get("_class_name") if isinstance(config, dict) else config

@@ -9,8 +9,8 @@ from papercore.errors import InputError
 from papercore.rundir import read_json
 from torch import nn
 
+from qdit.blockwise import cost_of
 from qdit.config import QDiTConfig
-from qdit.convert import cost_of
 from qdit.granularity import costs
 from qdit.pipeline import build_model
 from qdit.targets import find_targets

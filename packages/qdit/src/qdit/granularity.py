@@ -21,9 +21,10 @@ from papercore.report import Picture, Table
 from papercore.search import EvolutionSampler, Genome, Space, open_study, run_search
 from torch import Tensor, nn
 
+from qdit.blockwise import round_layer
 from qdit.calibration import Calibration
 from qdit.config import QDiTConfig
-from qdit.convert import collect_hessians, noise_error, quantize, round_layer
+from qdit.convert import collect_hessians, noise_error, quantize
 from qdit.evaluate import Features, FeatureSpace, describe, feature_space
 from qdit.layers import QuantLinear
 from qdit.sampling import sample_many
@@ -71,6 +72,7 @@ def search_group_sizes(
     held_out: Fitness | None = None,
     rerank: Fitness | None = None,
     reranked: int = 10,
+    notes: Mapping[str, Any] | None = None,
     alone: bool = True,
 ) -> SearchResult:
     """Searches group sizes for the layers of `model`.
@@ -86,6 +88,7 @@ def search_group_sizes(
         storage: None, a file that is only appended to, or a database URL; a search goes on from it.
         held_out: fitness on other inputs, measured for the best ten and the uniform sizes.
         rerank: another fitness by which the `reranked` best are ordered again at the end; proxies mislead.
+        notes: what else the fitness depends on, as JSON values; a storage whose search had other notes is refused.
         alone: False while other workers search on the same storage.
 
     Raises:
@@ -125,6 +128,9 @@ def search_group_sizes(
         "wbits": config.wbits,
         "abits": config.abits,
         "gptq": config.gptq,
+        "act_order": config.act_order,
+        "percdamp": config.percdamp,
+        "notes": dict(notes or {}),
     }
     with located(storage or "search"):
         found = run_search(
@@ -241,7 +247,7 @@ class Candidates:
                     raise InputError(
                         "field act", found="static", expected="dynamic: static ranges depend on the group size"
                     )
-                round_layer(layer, weight, None if hessians is None else hessians[target.name])
+                round_layer(layer, weight, None if hessians is None else hessians[target.name], config)
                 self.layers[target.name].append(layer)
 
     def switch(self, genome: Genome) -> nn.Module:
@@ -301,11 +307,13 @@ def sizes_picture(best: Mapping[str, int]) -> Picture:
     grid = [[math.log2(sizes[layer]) if layer in sizes else math.nan for sizes in blocks.values()] for layer in layers]
     figure = Figure(figsize=(max(4.0, 0.4 * len(blocks) + 2), 0.5 * len(layers) + 1))
     axes = figure.add_subplot()
-    axes.imshow(grid, aspect="auto", cmap="viridis_r")
+    low, high = math.log2(min(best.values())), math.log2(max(best.values()))
+    axes.imshow(grid, aspect="auto", cmap="viridis_r", vmin=low, vmax=high)
     for x, sizes in enumerate(blocks.values()):
         for y, layer in enumerate(layers):
             if layer in sizes:
-                axes.text(x, y, str(sizes[layer]), ha="center", va="center", color="white", fontsize=8)
+                ink = "white" if math.log2(sizes[layer]) > (low + high) / 2 else "black"
+                axes.text(x, y, str(sizes[layer]), ha="center", va="center", color=ink, fontsize=8)
     axes.set_yticks(range(len(layers)), layers, fontsize=8)
     axes.set_xticks(range(len(blocks)), [str(i) for i in range(len(blocks))], fontsize=8)
     axes.set_xlabel("block")

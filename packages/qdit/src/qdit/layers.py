@@ -73,6 +73,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.rows, self.columns, self.spec, self.name = rows, columns, spec, name
         self.backend: Backend = "simulate"
+        self.check_finite = False
         self._cached: tuple[torch.device, torch.dtype, Tensor] | None = None
         self._prepared: tuple[torch.device, PreparedWeight] | None = None
         groups = -(-columns // spec.group_size)
@@ -97,7 +98,7 @@ class QuantLinear(nn.Module):
         self.scale = _to_bits(parameters.scale, self.spec.torch_scale_dtype)
         if not self.spec.w_sym:
             self.zero = parameters.zero.to(torch.uint8)
-        self._forget()
+        self.forget()
 
     def round_to_nearest(self, weight: Float[Tensor, "rows columns"]) -> None:
         """Quantises `weight` by rounding; keeps it as it is when the layer has 16-bit weights."""
@@ -129,12 +130,13 @@ class QuantLinear(nn.Module):
             self._prepared = (device, prepare_weight(codes, scale, zero, self.spec.group_size))
         return self._prepared[1]
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops what was derived from the weight; to be called when its buffers were changed in place."""
         self._cached = self._prepared = None
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        self._forget()
+        self.forget()
 
     # ---- activations
 
@@ -175,6 +177,8 @@ class QuantLinear(nn.Module):
     # ---- product
 
     def forward(self, x: Float[Tensor, "*rows columns"]) -> Float[Tensor, "*rows out"]:
+        if self.check_finite:
+            require_finite(x, self.name)
         if self._takes_integers(x):
             return self._integer(x)
         cached = self._cached
@@ -212,6 +216,16 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is copied: everything but the caches."""
         return {**self.__dict__, "_cached": None, "_prepared": None}
+
+
+def require_finite(x: Tensor, name: str) -> None:
+    """Raises InputError with the layer's name when an input is not finite; the host waits for the device here."""
+    bad = x.numel() - int(torch.isfinite(x).sum())
+    if bad:
+        hint = "float16 ends at 65504: use bfloat16 or float32" if x.dtype == torch.float16 else None
+        raise InputError(
+            f"input of layer {name}", found=f"{bad} values that are not finite", expected="finite ones", hint=hint
+        )
 
 
 def integer_wins(x: Tensor, rows: int, columns: int, group_size: int) -> bool:

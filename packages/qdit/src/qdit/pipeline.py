@@ -17,15 +17,30 @@ from papercore.rundir import atomic, check_output_folder, read_json, write_json
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qdit.blockwise import LayerRecord
 from qdit.conditioning import SHARED_KEY, follow_first_embedder
 from qdit.config import QDiTConfig
-from qdit.convert import LayerRecord, attach
+from qdit.convert import attach
 from qdit.layers import Backend, QuantLinear, scale_values
 from qdit.original import SHIFT_KEY, set_frequency_shift
 from qdit.targets import Target, find_targets, full_precision_layers, install
-from qdit.weights import WEIGHTS, read_weights
+from qdit.weights import WEIGHTS, component, read_weights
 
 FORMAT = 1
+
+LEGACY_CLASS = "Transformer2DModel"
+LEGACY_FIELDS = {
+    "attention_type": "default",
+    "caption_channels": None,
+    "cross_attention_dim": None,
+    "double_self_attention": False,
+    "interpolation_scale": None,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_additional_conditions": None,
+    "use_linear_projection": False,
+}
+"""what the former class could be besides a DiT, and the value that says it is not"""
 
 
 def save_pretrained(model: nn.Module, path: Path) -> None:
@@ -73,7 +88,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "group_sizes": {target.name: target.spec.group_size for target in targets},
         "modules_to_not_convert": list(config.modules_to_not_convert),
         "adaln_bits": config.adaln_bits,
-        "gptq": {"percdamp": 0.01, "block_size": 128, "act_order": False} if config.gptq else None,
+        "gptq": {"percdamp": config.percdamp, "block_size": 128, "act_order": config.act_order}
+        if config.gptq
+        else None,
         "search": None,
     }
 
@@ -96,25 +113,38 @@ def read_quantization_config(values: Mapping[str, Any], where: Path) -> QDiTConf
             "quantization_config.group_sizes", where=where, found=values.get("group_sizes"), expected="sizes by layer"
         )
     values["group_size"] = dict(values.pop("group_sizes"))
-    values["gptq"] = values.get("gptq") is not None
+    rounding = values.get("gptq")
+    values["gptq"] = rounding is not None
+    if rounding is not None:
+        if not isinstance(rounding, Mapping) or set(rounding) - {"percdamp", "block_size", "act_order"}:
+            expected = "nothing, or percdamp, block_size and act_order"
+            raise InputError("quantization_config.gptq", where=where, found=rounding, expected=expected)
+        values |= {key: value for key, value in rounding.items() if key != "block_size"}
     values.pop("search", None)
     with located(where):
         return QDiTConfig.from_dict(values, f"{where}: quantization_config")
 
 
-def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2DModel:
+def load_pretrained(path: Path, *, backend: Backend = "auto", check_finite: bool = False) -> DiTTransformer2DModel:
     """The DiT in the folder `path`, full-precision or quantised, on the CPU, in evaluation mode.
+
+    Args:
+        path: of the model, or of a pipeline of diffusers that has it as `transformer`. Published folders that call
+            the class by its former name Transformer2DModel are read, too.
+        backend, check_finite: of quantised layers, see `qdit.quantize`.
 
     Raises:
         InputError: a file is missing, damaged, of another format or model; names file and field or tensor. Pickled
             weights are refused.
     """
-    path = Path(path)
+    path = component(path, "transformer")
     where = path / "config.json"
     config = read_json(where)
-    if not isinstance(config, dict) or config.get("_class_name") != "DiTTransformer2DModel":
-        found = config.get("_class_name") if isinstance(config, dict) else config
+    found = config.get("_class_name") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or found not in ("DiTTransformer2DModel", LEGACY_CLASS):
         raise InputError("_class_name", where=where, found=repr(found), expected="'DiTTransformer2DModel'")
+    if found == LEGACY_CLASS:
+        config = without_legacy_fields(config, where)
     quantisation = config.pop("quantization_config", None)
     model = build_model(config, where)
     weights = read_weights(path)
@@ -124,10 +154,27 @@ def load_pretrained(path: Path, *, backend: Backend = "auto") -> DiTTransformer2
             targets = find_targets(model, setting)
         for target in targets:
             layer = install(model, target)
-            layer.backend = backend
+            layer.backend, layer.check_finite = backend, check_finite
         attach(model, setting, targets, [])
     fill(model, weights)
     return model.eval()
+
+
+def without_legacy_fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The configuration of a DiT without the fields that the former class had for other models.
+
+    Raises:
+        InputError: it describes another model.
+    """
+    for key, neutral in LEGACY_FIELDS.items():
+        if config.get(key, neutral) not in (neutral, None):
+            raise InputError(
+                f"field {key}", where=where, found=repr(config[key]), expected=f"{neutral!r}, as a DiT has it"
+            )
+    if config.get("norm_type") != "ada_norm_zero" or config.get("patch_size") is None:
+        found = f"{config.get('norm_type')!r} and {config.get('patch_size')!r}"
+        raise InputError("norm_type and patch_size", where=where, found=found, expected="those of a DiT")
+    return {key: value for key, value in config.items() if key not in LEGACY_FIELDS}
 
 
 def build_model(config: Mapping[str, Any], where: Path) -> DiTTransformer2DModel:

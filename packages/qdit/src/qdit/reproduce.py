@@ -21,9 +21,10 @@ from papercore.reproduce import Claim, Paper, Reproduction, Settings
 from papercore.training import TrainResult
 from torch import Tensor, nn
 
+from qdit.blockwise import cost_of
 from qdit.calibration import Calibration, collect_calibration
 from qdit.config import QDiTConfig
-from qdit.convert import cost_of, noise_error, quantize
+from qdit.convert import noise_error, quantize
 from qdit.evaluate import image_distance, reference_images
 from qdit.granularity import SearchResult, noise_fitness, search_group_sizes, sizes_picture
 from qdit.layers import QuantLinear

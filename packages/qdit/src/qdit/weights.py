@@ -11,6 +11,12 @@ from torch import Tensor
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+def component(path: Path, name: str) -> Path:
+    """The folder of a model: `path` itself, or its sub-folder `name` when `path` is a pipeline of diffusers."""
+    path = Path(path)
+    return path / name if (path / "model_index.json").exists() else path
+
+
 def read_weights(path: Path) -> dict[str, tuple[Tensor, Path]]:
     """All tensors of a model folder and the file each came from."""
     return read_files(weight_files(path))

@@ -17,7 +17,7 @@ class Sample(cli.Command):
     """Sample pictures: an .npz of uint8 images and a grid as PNG."""
 
     model: Positional[Path]
-    """folder of a DiT, full-precision or quantised"""
+    """folder of a DiT, full-precision or quantised, or of a pipeline that has one"""
     out: Path
     """file to write, .npz; the grid lies beside it as .png"""
     labels: str = "0,1,2,3,4,5,6,7,8,9"
@@ -32,8 +32,11 @@ class Sample(cli.Command):
     """of the noise"""
     backend: Literal["auto", "simulate", "integer"] = "auto"
     """how quantised layers compute"""
+    check_finite: bool = False
+    """stop at the first quantised layer whose input is not finite, and name it"""
     vae: Path | None = None
-    """folder of an AutoencoderKL (config.json and safetensors) that turns latents into pixels"""
+    """folder of an AutoencoderKL (config.json and safetensors), or of a pipeline that has one, that turns latents into
+    pixels"""
     precompute: bool = False
     """compute the modulation of all blocks for all steps and labels beforehand; takes memory for every pair of them"""
     device: Device = "auto"
@@ -55,7 +58,8 @@ class Sample(cli.Command):
         from qdit.sampling import sample_many
 
         device = pick_device(self.device)
-        model = load_pretrained(self.model, backend=self.backend).to(device)  # pyright: ignore[reportArgumentType]
+        model = load_pretrained(self.model, backend=self.backend, check_finite=self.check_finite)
+        model.to(device)  # pyright: ignore[reportArgumentType]
         channels: int = model.config.in_channels  # pyright: ignore[reportAttributeAccessIssue]
         decoder = None if self.vae is None else load_decoder(self.vae, channels).to(device)  # pyright: ignore[reportArgumentType]
         if decoder is None and channels not in (1, 3):

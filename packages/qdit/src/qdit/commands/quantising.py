@@ -1,6 +1,7 @@
 """Commands on the way to a quantised model: calibration, search, quantisation."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,9 @@ from papercore.errors import InputError, located
 from papercore.rundir import check_output_file, check_output_folder
 
 from qdit.commands.options import Device, Positional, parse_limit, pick_device, say
+
+PROGRESS = "gptq-progress"
+"""folder in --out with the blocks that GPTQ has finished"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,20 @@ class Search(cli.Command):
     """round candidates with GPTQ; --no-gptq rounds to nearest"""
     calibration: Path | None = None
     """file of qdit calibrate; without one, 256 inputs are sampled from the model"""
+    fitness: Literal["noise", "frechet"] = "noise"
+    """what candidates are ranked by: error of the predicted noise, or Frechet distance of sampled pictures"""
+    rerank: bool = False
+    """rank the best ten again by Frechet distance at the end"""
+    reference: str = "digits"
+    """real pictures for the Frechet distance: .npz of uint8 images, or digits"""
+    features: str = "digits"
+    """feature space of the Frechet distance: digits, pixels, inception, or module:function"""
+    pictures: int = 2000
+    """sampled for a Frechet distance, the same noise and labels for every candidate"""
+    steps: int = 50
+    """sampling steps of those pictures"""
+    guidance: float = 1.5
+    """classifier-free guidance weight of those pictures; 1 for none"""
     held_out: Path | None = None
     """other calibration inputs, to measure the best on; without a file, 256 are sampled"""
     population: int = 50
@@ -108,6 +126,7 @@ class Search(cli.Command):
         with located("qdit search"):
             config = QDiTConfig(wbits=self.wbits, abits=self.abits, gptq=self.gptq)
         model = load_pretrained(self.model).to(pick_device(self.device))  # pyright: ignore[reportArgumentType]
+        distance = self.frechet(model) if self.rerank or self.fitness == "frechet" else None
         inputs = []
         for path, seed in ((self.calibration, self.seed), (self.held_out, self.seed + 1)):
             if path is None:
@@ -120,7 +139,7 @@ class Search(cli.Command):
             result = search_group_sizes(
                 model,
                 config,
-                noise_fitness(model, inputs[0]),
+                distance if distance is not None and self.fitness == "frechet" else noise_fitness(model, inputs[0]),
                 menu=self.menu,
                 limit=limit,
                 population=self.population,
@@ -131,6 +150,8 @@ class Search(cli.Command):
                 storage=self.storage or self.out / "search.jsonl",
                 calibration=inputs[0],
                 held_out=noise_fitness(model, inputs[1]),
+                rerank=distance if self.rerank else None,
+                notes={"fitness": self.fitness, "frechet": self.frechet_notes() if self.fitness == "frechet" else {}},
                 alone=not self.join,
             )
         write_json(self.out / "plan.json", result.best)
@@ -141,6 +162,40 @@ class Search(cli.Command):
         write_markdown(self.out / "report.md", "Search for group sizes", sections)
         return {"plan": self.out / "plan.json", "candidates": result.table, "evaluations": len(result.evaluations)}
 
+    def frechet(self, model: Any) -> Any:
+        """The fitness that samples pictures."""
+        import torch
+
+        from qdit.evaluate import reference_images
+        from qdit.granularity import frechet_fitness
+
+        if self.pictures < 2 or self.steps < 1:
+            raise InputError(
+                "--pictures and --steps", found=f"{self.pictures} and {self.steps}", expected="at least 2 and 1"
+            )
+        if model.config.in_channels not in (1, 3):
+            raise InputError(
+                "field in_channels",
+                where=self.model,
+                found=model.config.in_channels,
+                expected="1 or 3, which are pixels, for a Frechet distance",
+            )
+        labels = torch.arange(self.pictures) % model.config.num_embeds_ada_norm
+        return frechet_fitness(
+            reference_images(self.reference),
+            self.features,
+            labels,
+            steps=self.steps,
+            guidance=self.guidance,
+            seed=self.seed,
+        )
+
+    def frechet_notes(self) -> dict[str, Any]:
+        """What the Frechet distance depends on."""
+        return {
+            name: getattr(self, name) for name in ("reference", "features", "pictures", "steps", "guidance", "seed")
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize(cli.Command):
@@ -149,7 +204,7 @@ class Quantize(cli.Command):
     model: Positional[Path]
     """folder of a full-precision DiT (config.json and safetensors)"""
     out: Path
-    """folder for the quantised model"""
+    """folder for the quantised model; finished blocks are kept in it, so that the same call goes on when interrupted"""
     wbits: int = 4
     """bits of a weight, 2 to 8; 16 leaves weights alone"""
     abits: int = 8
@@ -168,6 +223,10 @@ class Quantize(cli.Command):
     """what shares a dynamic range"""
     gptq: bool = True
     """GPTQ rounding; --no-gptq rounds to nearest"""
+    act_order: bool = False
+    """GPTQ: columns with large inputs first"""
+    percdamp: float = 0.01
+    """GPTQ: damping, as a share of the Hessian's mean diagonal"""
     adaln_bits: int | None = None
     """bits of the adaLN weights; None leaves them alone"""
     scale_dtype: Literal["float16", "float32"] = "float16"
@@ -202,6 +261,8 @@ class Quantize(cli.Command):
                 act=self.act,
                 act_granularity=granularity,
                 gptq=self.gptq,
+                act_order=self.act_order,
+                percdamp=self.percdamp,
                 adaln_bits=self.adaln_bits,
                 scale_dtype=self.scale_dtype,
                 modules_to_not_convert=self.keep,
@@ -224,6 +285,7 @@ class Quantize(cli.Command):
             say("no calibration file given: sampling 256 inputs from the model")
             calibration = collect_calibration(model, seed=self.seed)
         with located(self.model):
-            quantised = quantize(model, config, calibration, inplace=True)
+            quantised = quantize(model, config, calibration, inplace=True, progress=self.out / PROGRESS)
         save_pretrained(quantised, self.out)
+        shutil.rmtree(self.out / PROGRESS, ignore_errors=True)
         return {"model": self.out, **report(quantised)}
