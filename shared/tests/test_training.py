@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from papercore.errors import InputError, WorkError
-from papercore.training import StepSampler, TrainConfig, learning_rate, train
+from papercore.training import Method, StepSampler, TrainConfig, learning_rate, train
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -247,3 +247,118 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
         "environment.json",
         "log.jsonl",
     ]
+
+
+class Twice(Method):
+    """Two passes, an own optimiser that moves the last layer slowly, and a counter that the weights depend on."""
+
+    passes = 2
+
+    def __init__(self, die_at: int | None = None) -> None:
+        self.count, self.die_at = torch.zeros(()), die_at
+
+    def losses(self, model, batch, generator):
+        x, y = batch
+        yield (model(x) - y).square().mean()
+        noise = torch.randn(x.shape, generator=generator)
+        yield self.weight * (model(x + noise) - y).square().mean()
+
+    def begin_step(self, model, step):
+        if step == self.die_at:
+            raise StoppedError
+        self.weight = float(self.count) / 10
+
+    def after_backward(self, model, step):
+        self.gradient = model.first.weight.grad.norm()
+
+    def after_step(self, model, step):
+        self.count += 1
+        return {"gradient": self.gradient, "count": float(self.count)}
+
+    def optimizer(self, model, config):
+        groups = [{"params": model.first.parameters()}, {"params": model.last.parameters(), "lr_scale": 0.0}]
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+
+    def state(self):
+        return {"count": self.count}
+
+    def load_state(self, tensors):
+        self.count = tensors["count"]
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 7, 11])
+def test_a_method_with_state_goes_on_to_the_same_bits(tmp_path, at):
+    def run(name, method):
+        return train(build(), TensorDataset(X, Y), method, SHORT, tmp_path / name, device="cpu")
+
+    whole = run("whole", Twice())
+    with pytest.raises(StoppedError):
+        run("cut", Twice(at))
+    assert equal(whole.model, run("cut", Twice()).model)
+    for name in ("log.jsonl", "checkpoint.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["count"] for line in lines] == [3, 6, 9, 12]
+    assert all(line["gradient"] > 0 for line in lines)
+    start = build()
+    assert torch.equal(whole.model.last.weight, start.last.weight)  # its rate is scaled by 0
+    assert not torch.equal(whole.model.first.weight, start.first.weight)
+
+
+def test_the_passes_of_a_method_add_up(tmp_path):
+    class Halves(Method):
+        passes = 2
+
+        def losses(self, model, batch, generator):
+            for _ in range(2):
+                yield (model(batch[0]) - batch[1]).square().mean() / 2
+
+    def plain(model, batch, generator):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    results = []
+    for method in (plain, Halves()):
+        torch.manual_seed(0)
+        out = tmp_path / str(len(results))
+        results.append(train(nn.Linear(5, 2), TensorDataset(X, Y), method, SHORT, out, device="cpu").model)
+    torch.testing.assert_close(results[0].weight, results[1].weight, rtol=1e-5, atol=1e-6)
+
+    class Three(Halves):
+        passes = 1
+
+    with pytest.raises(RuntimeError, match="more than its 1 passes"):
+        train(nn.Linear(5, 2), TensorDataset(X, Y), Three(), SHORT, tmp_path / "3", device="cpu")
+
+
+def test_stochastic_gradient_descent_is_that_of_torch(tmp_path):
+    config = TrainConfig(
+        steps=5,
+        batch_size=50,
+        learning_rate=0.1,
+        optimizer="sgd",
+        nesterov=True,
+        weight_decay=0.01,
+        schedule="steps",
+        milestones=(2, 4),
+        clip_norm=None,
+        clip_value=0.05,
+    )
+    torch.manual_seed(0)
+    model, twin = nn.Linear(5, 2, bias=False), nn.Linear(5, 2, bias=False)
+    twin.load_state_dict(model.state_dict())
+    dataset = TensorDataset(X, Y)
+    train(model, dataset, lambda m, b, g: (m(b[0]) - b[1]).square().mean(), config, tmp_path, device="cpu")
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = [0.1, 0.1, 0.01, 0.01, 0.001][step]
+        optimizer.zero_grad()
+        (twin(X) - Y).square().mean().backward()
+        nn.utils.clip_grad_value_(twin.parameters(), 0.05)
+        optimizer.step()
+    torch.testing.assert_close(model.weight, twin.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cosine_ends_where_it_is_told():
+    config = TrainConfig(steps=10, learning_rate=1.0, final_learning_rate=0.2)
+    assert learning_rate(config, 0) == 1
+    assert learning_rate(config, 10) == pytest.approx(0.2)

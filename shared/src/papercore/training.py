@@ -9,6 +9,7 @@ The loop itself is Accelerate's: the same call trains in one process or in sever
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,14 +23,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, send_to_device
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from papercore.errors import InputError, WorkError
 from papercore.progress import Progress
-from papercore.rundir import RunDir, atomic
+from papercore.rundir import RunDir
+from papercore.trainstate import State
 
 Loss = Callable[[nn.Module, Any, torch.Generator], Tensor]
 """(model, batch, generator on the model's device) -> mean loss of the batch, a scalar with gradient."""
@@ -45,16 +45,31 @@ class TrainConfig:
     """samples a step, over all processes and accumulated micro-batches"""
     learning_rate: float = 1e-3
     """the largest value the schedule reaches"""
+    final_learning_rate: float = 0.0
+    """where the cosine ends"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """the rule that moves the weights"""
+    momentum: float = 0.9
+    """of sgd"""
+    nesterov: bool = False
+    """sgd looks ahead along its momentum"""
     weight_decay: float = 0.01
-    """decoupled weight decay of AdamW, on tensors of two and more dimensions"""
-    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
-    """cosine: down to 0; one-cycle: up from a 25th over the first 30 % of the steps, then down to 0, both as cosines"""
+    """on tensors of two and more dimensions; decoupled in adamw, added to the gradient in sgd"""
+    schedule: Literal["constant", "cosine", "one-cycle", "steps"] = "cosine"
+    """cosine: down; one-cycle: up from a 25th over the first 30 % of the steps, then down to 0, both as cosines;
+    steps: times `gamma` at every milestone"""
+    milestones: tuple[int, ...] = ()
+    """optimiser steps after which the schedule "steps" lowers the rate"""
+    gamma: float = 0.1
+    """what it multiplies the rate with"""
     warmup: int = 0
     """steps of linear warm-up before it"""
     ema: float | None = None
     """decay of the exponential moving average of the weights; none: no average is kept"""
     clip_norm: float | None = 1.0
     """largest gradient norm; none: no clipping"""
+    clip_value: float | None = None
+    """largest absolute value of an element of a gradient; none: no clipping"""
     accumulate: int = 1
     """micro-batches a step"""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -82,16 +97,78 @@ class TrainConfig:
             raise InputError("field learning_rate", found=self.learning_rate, expected="a number above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError("field weight_decay", found=self.weight_decay, expected="a number of at least 0")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise InputError("field clip_norm", found=self.clip_norm, expected="a number above 0, or nothing")
+        if not 0 <= self.final_learning_rate < math.inf:
+            raise InputError(
+                "field final_learning_rate", found=self.final_learning_rate, expected="a number of at least 0"
+            )
+        if not 0 <= self.momentum < 1:
+            raise InputError("field momentum", found=self.momentum, expected="in [0, 1)")
+        if not 0 < self.gamma <= 1:
+            raise InputError("field gamma", found=self.gamma, expected="in (0, 1]")
+        if any(a >= b for a, b in itertools.pairwise((0, *self.milestones))):
+            raise InputError("field milestones", found=self.milestones, expected="ascending steps above 0")
+        for name in ("clip_norm", "clip_value"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"field {name}", found=value, expected="a number above 0, or nothing")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError("field ema", found=self.ema, expected="in [0, 1)")
         for name, allowed in (
-            ("schedule", ("constant", "cosine", "one-cycle")),
+            ("optimizer", ("adamw", "sgd")),
+            ("schedule", ("constant", "cosine", "one-cycle", "steps")),
             ("mixed_precision", ("no", "fp16", "bf16")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"field {name}", found=getattr(self, name), expected=" or ".join(allowed))
+
+
+class Method:
+    """A loss that takes part in the loop: several backward passes, its own optimiser, its own state.
+
+    Every hook has a default; `losses` must be given. What is random in a hook must come from the generator, or from
+    torch's global one, which is seeded before every micro-batch.
+    """
+
+    passes: int = 1
+    """losses a micro-batch"""
+
+    def losses(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yields `passes` mean losses; each is propagated back before the next is asked for, their gradients add up.
+
+        Args:
+            model: as it must be called, that is with what Accelerate wrapped around it.
+        """
+        raise NotImplementedError
+
+    def begin_step(self, model: nn.Module, step: int) -> None:
+        """Before the batches of step `step`, counted from 0; `model` without wrapping, here and below."""
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """The gradients of the step are complete, exchanged between processes, and not yet clipped."""
+
+    def after_step(self, model: nn.Module, step: int) -> Mapping[str, float | Tensor] | None:
+        """The weights have moved. What it returns goes into the next line of the log: the mean of every tensor (one
+        number, over the steps since the last line and over the processes), the last value of every float."""
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
+        """Instead of the configuration's; a group's "lr_scale" (default 1) multiplies the schedule's rate."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What an exact resume needs beside the model's weights and the optimiser's moments."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+
+
+class _Plain(Method):
+    """A loss without further parts."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def losses(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        yield self.loss(model, batch, generator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +189,7 @@ class TrainResult:
 def train(
     model: nn.Module,
     dataset: Dataset[Any],
-    loss: Loss,
+    loss: Loss | Method,
     config: TrainConfig,
     out: Path,
     *,
@@ -128,7 +205,7 @@ def train(
     Args:
         model: its weights at the start must be the same at every call (seed before you build it).
         dataset: map-style, with a length; items are collated by torch's default rule.
-        loss: see `Loss`; must take what is random from the generator, or from torch's global one.
+        loss: see `Loss` and `Method`; must take what is random from the generator, or from torch's global one.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         resume: False starts anew and overwrites the folder.
         provenance: further entries that a resumed run must share (model and data settings).
@@ -152,8 +229,16 @@ def train(
     run = open_run(accelerator, out, checkpoint, described, resume)
 
     model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
-    state = State(model, optimizer, config, accelerator, f"{mix(json.dumps(described, sort_keys=True, default=str)):x}")
+    method = loss if isinstance(loss, Method) else _Plain(loss)
+    optimizer = method.optimizer(model, config) or make_optimizer(model, config)
+    state = State(
+        model,
+        optimizer,
+        method,
+        config.ema,
+        accelerator,
+        f"{mix(json.dumps(described, sort_keys=True, default=str)):x}",
+    )
     begin = state.load(checkpoint) if checkpoint.exists() else 0
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if main:
@@ -166,39 +251,48 @@ def train(
     with Progress(label, config.steps, start=begin, show=main) as progress:
         for step in range(begin, config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group["lr"] = learning_rate(config, step) * group.get("lr_scale", 1.0)
+            method.begin_step(model, step)
             for part in range(config.accumulate):
                 seed = mix(config.seed, "step", step, part, rank)
                 torch.manual_seed(seed)  # before the batch is read: data may be augmented with torch's generator
                 batch = send_to_device(next(batches), accelerator.device)
                 generator = torch.Generator(accelerator.device).manual_seed(seed)
-                last = part == config.accumulate - 1
-                with accelerator.autocast(), _synchronised(accelerator, wrapped, last):
-                    value = loss(wrapped, batch, generator) / config.accumulate
-                    accelerator.backward(value)
-                state.total += value.detach()
+                losses = method.losses(wrapped, batch, generator)
+                for index in range(method.passes):
+                    last = part == config.accumulate - 1 and index == method.passes - 1
+                    with accelerator.autocast(), _synchronised(accelerator, wrapped, last):
+                        value = next(losses) / config.accumulate
+                        accelerator.backward(value)
+                    state.total += value.detach()
+                if next(losses, None) is not None:
+                    raise RuntimeError(f"{type(method).__name__}.losses yields more than its {method.passes} passes")
+            method.after_backward(model, step)
+            if config.clip_value is not None:
+                accelerator.clip_grad_value_(wrapped.parameters(), config.clip_value)
             if config.clip_norm is not None:
                 accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
             optimizer.step()
-            optimizer.zero_grad()
+            wrapped.zero_grad()  # also what the optimiser does not hold: clipping sees every gradient
             state.average()
+            state.observe(method.after_step(model, step) or {})
             state.stretch += 1
             done = step + 1
             logging = done % config.log_every == 0 or done == config.steps
             saving = done % config.checkpoint_every == 0 or done == config.steps
             if logging or saving:
-                reduced = accelerator.reduce(state.total, reduction="mean")
-                assert isinstance(reduced, Tensor)
-                state.total = reduced
+                state.reduce()
                 mean = float(state.total) / state.stretch
                 if not math.isfinite(mean):
                     raise WorkError(f"{label}: the loss is {mean} at step {done}; lower the learning rate")
             if logging:
                 state.loss = mean
-                state.total = torch.zeros_like(state.total)
-                state.stretch = 0
+                observed = state.observed()
+                state.start_stretch()
                 if main:
-                    run.log({"step": done, "loss": state.loss, "learning_rate": learning_rate(config, step)})
+                    run.log(
+                        {"step": done, "loss": state.loss, "learning_rate": learning_rate(config, step), **observed}
+                    )
             if saving and main:
                 state.save(checkpoint, done)
             progress.advance("" if math.isnan(state.loss) else f"loss {state.loss:.4f}")
@@ -243,6 +337,14 @@ def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
     return Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu", step_scheduler_with_optimizer=False)
 
 
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The configuration's optimiser over every parameter that wants a gradient."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, vectors (biases, norms) do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -259,8 +361,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     share = (step - config.warmup) / max(1, config.steps - config.warmup)
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "steps":
+        return config.learning_rate * config.gamma ** sum(step >= milestone for milestone in config.milestones)
     if config.schedule == "cosine":
-        return config.learning_rate * (1 + math.cos(math.pi * share)) / 2
+        low = config.final_learning_rate
+        return low + (config.learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
     rise = 0.3
     if share < rise:
         return config.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * share / rise)) / 2)
@@ -305,114 +410,6 @@ class StepSampler(Sampler[list[int]]):
                         order = torch.randperm(self.items, generator=generator)
                     indices.append(int(order[position % self.items]))
                 yield indices
-
-
-class State:
-    """What a checkpoint holds: weights, their average, the optimiser's moments; all in one safetensors file."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        identity: str,
-    ) -> None:
-        self.model, self.optimizer, self.config, self.accelerator = model, optimizer, config, accelerator
-        self.identity = identity
-        """of the run's whole configuration"""
-        self.loss = math.nan
-        self.total = torch.zeros((), device=accelerator.device)
-        """sum of the losses since the last line of the log, and over how many steps"""
-        self.stretch = 0
-        self.mean: dict[str, Tensor] = {}
-        if config.ema is not None:
-            self.mean = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def average(self) -> None:
-        """Moves the average towards the weights; what is not a floating number is copied."""
-        if self.config.ema is None:
-            return
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.mean[name].lerp_(value, 1 - self.config.ema)
-            else:
-                self.mean[name].copy_(value)
-
-    def use_average(self) -> None:
-        if self.mean:
-            self.model.load_state_dict(self.mean)
-
-    def save(self, path: Path, step: int) -> None:
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"mean.{name}": value for name, value in self.mean.items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
-        tensors["total"] = self.total
-        notes = {"step": step, "loss": self.loss, "stretch": self.stretch, "scaler": None, "run": self.identity}
-        if self.accelerator.scaler is not None:
-            notes["scaler"] = self.accelerator.scaler.state_dict()
-        # clones: weights that modules share may not share memory in the file
-        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"state": json.dumps(notes)})
-
-    def load(self, path: Path) -> int:
-        """Restores everything; gives the number of steps done.
-
-        Raises:
-            InputError: the file is damaged or belongs to another model.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads((file.metadata() or {})["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise InputError(
-                "damaged checkpoint",
-                where=path,
-                found=str(error),
-                expected="safetensors",
-                hint="--no-resume starts anew",
-            ) from error
-
-        if notes.get("run") != self.identity:
-            raise InputError("checkpoint of another run", where=path, hint="--no-resume starts anew")
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-        try:
-            self.model.load_state_dict(under("model."))
-        except RuntimeError as error:
-            raise InputError("checkpoint of another model", where=path, found=str(error).splitlines()[1:2]) from error
-        count = sum(parameter.requires_grad for parameter in self.model.parameters())
-        if (
-            "total" not in tensors
-            or len({name.split(".")[1] for name in tensors if name.startswith("optimizer.")}) != count
-        ):
-            raise InputError(
-                "damaged checkpoint",
-                where=path,
-                found="too few tensors",
-                expected="all",
-                hint="--no-resume starts anew",
-            )
-        device = self.accelerator.device
-        self.mean = {name: value.to(device) for name, value in under("mean.").items()}
-        self.total = tensors["total"].to(device)
-        self.stretch = notes["stretch"]
-        if notes["scaler"] and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(notes["scaler"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in under("optimizer.").items():
-            index, _, entry = name.partition(".")
-            moments.setdefault(int(index), {})[entry] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.loss = notes["loss"]
-        return notes["step"]
 
 
 def _synchronised(accelerator: Accelerator, model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
