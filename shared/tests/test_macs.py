@@ -76,6 +76,22 @@ def test_layers_called_twice_are_summed_and_the_mode_is_kept():
     assert not layer._forward_hooks
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_repetition_on_the_same_tensors_is_counted_once(device):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+        def forward(self, x, condition):
+            x = x + self.embed(condition)
+            return self.embed(x) + self.embed(condition)
+
+    x, condition = torch.randn(2, 1, 4, device=device)
+    found = trace(Twice().to(device), x, condition=condition)
+    assert [(o.macs, o.calls) for o in found.operations] == [(32, 2), (32, 2)]
+
+
 def test_what_is_called_as_a_function_is_named():
     class Own(nn.Module):
         def __init__(self) -> None:

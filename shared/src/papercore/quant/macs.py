@@ -2,11 +2,13 @@
 
 One MAC of a weight (or left operand) of w bits and an activation (or right operand) of a bits counts w a BitOps.
 Counted: convolutions and linear layers (positions x weights that each position meets) and the two products of
-attention. Not counted: biases, normalisation, activation functions, softmax, additions, resampling.
+attention. Not counted: biases, normalisation, activation functions, softmax, additions, resampling, and the repetition
+of a module on the very tensors it has already been called with (diffusers' DiT embeds its conditions twice).
 """
 
 import dataclasses
 import math
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -39,6 +41,7 @@ class Operation:
     weight_shape: tuple[int, ...] | None
     """None for a product"""
     calls: int
+    """without repetitions on the same tensors"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +131,13 @@ class _Recorder(TorchFunctionMode):
         self.uncounted: set[str] = set()
         self.products: defaultdict[str, int] = defaultdict(int)
         self.inside: list[tuple[str, nn.Module]] = []
+        self.repeating: list[bool] = []
+        """of every module entered: whether it, or one around it, repeats an earlier call"""
+        self.called: defaultdict[str, list[tuple[weakref.ref[Tensor], ...]]] = defaultdict(list)
+        """the tensors of every call; weak, so that activations are freed as usual"""
         self.handles = []
         for name, module in model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(self.enter(name)))
+            self.handles.append(module.register_forward_pre_hook(self.enter(name), with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.leave(name), always_call=True))
 
     def remove(self) -> None:
@@ -138,23 +145,33 @@ class _Recorder(TorchFunctionMode):
             handle.remove()
 
     def enter(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            repeated = bool(tensors) and any(
+                len(call) == len(tensors) and all(ref() is value for ref, value in zip(call, tensors, strict=True))
+                for call in self.called[name]
+            )
+            self.called[name].append(tuple(map(weakref.ref, tensors)))
             self.inside.append((name, module))
+            self.repeating.append(repeated or bool(self.repeating and self.repeating[-1]))
 
         return hook
 
     def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.inside.pop()
             if isinstance(module, LAYERS) and isinstance(output, Tensor):
                 # every output value of a layer meets the weights of its row; of a transposed one, every input value
                 ends = args[0] if isinstance(module, TRANSPOSED) and args else output
                 macs = ends.numel() * math.prod(module.weight.shape[1:])
                 self.count(name, "linear" if isinstance(module, nn.Linear) else "conv", macs)
+            self.inside.pop()
+            self.repeating.pop()
 
         return hook
 
     def count(self, name: str, kind: str, macs: int) -> None:
+        if self.repeating and self.repeating[-1]:
+            return
         self.macs[name, kind] += macs
         self.calls[name, kind] += 1
 
