@@ -1,0 +1,1 @@
+"""The sub-commands of `tmpqdm`: frozen dataclasses, nothing heavy imported before they run."""
