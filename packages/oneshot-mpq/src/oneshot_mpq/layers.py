@@ -76,8 +76,8 @@ class QuantLayer(nn.Module):
         """The bank behind the layer; it lies in the network at its own place."""
         return self._bank[0] if self._bank else None
 
-    @batchnorm.setter
-    def batchnorm(self, bank: BatchNormBank) -> None:
+    def follow(self, bank: BatchNormBank) -> None:
+        """Names the bank behind the layer; a tuple keeps it from becoming a part of this module."""
         self._bank = (bank,)
 
     def select(self, weight_bits: int, act_bits: int | None) -> None:

@@ -116,7 +116,7 @@ class Supernet(nn.Module):
             norm = self.model.get_submodule(facts.batchnorm)
             bank = BatchNormBank(norm, weights, activations)
             bank.layer, bank.tap = facts.name, self.features
-            layer.batchnorm = bank
+            layer.follow(bank)
             _replace(self.model, norm, bank)
 
     @property

@@ -1,0 +1,66 @@
+"""Accuracy of all uniform bit-widths while the training goes on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from oneshot_mpq.batchnorm import BatchNormBank
+from oneshot_mpq.supernet import Supernet
+
+
+@contextmanager
+def batch_statistics(net: Supernet) -> Iterator[None]:
+    """Inside, batch norms use the statistics of the batch, and afterwards everything is as before."""
+    modes = {module: module.training for module in net.modules()}
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
+    try:
+        net.eval()
+        for module in net.modules():
+            if isinstance(module, BatchNormBank | nn.modules.batchnorm._BatchNorm):
+                module.training = True
+        yield
+    finally:
+        for name, value in net.named_buffers():
+            value.copy_(buffers[name])
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def accuracies(net: Supernet, loader: DataLoader[Any]) -> dict[int, float]:
+    """Top-1 accuracy in percent at every uniform width (depthwise layers: the nearest above), with batch statistics.
+
+    The bits that were set are set again afterwards.
+    """
+    layers = list(net.layers.values())
+    before = [(layer.weight_bits, layer.act_bits) for layer in layers]
+    device = next(net.parameters()).device
+    right, count = dict.fromkeys(net.bits, 0), 0
+    with batch_statistics(net):
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            count += len(y)
+            for bits in net.bits:
+                for layer in layers:
+                    w = min(b for b in layer.weight_choices if b >= bits)
+                    layer.select(w, min(b for b in layer.act_choices or () if b >= bits))
+                right[bits] += int((net(x).argmax(-1) == y).sum())
+    for layer, (w, a) in zip(layers, before, strict=True):
+        layer.select(w, a)
+    return {bits: 100 * hits / max(1, count) for bits, hits in right.items()}
+
+
+class BitAccuracy:
+    """For the log: the accuracy of every uniform width at the end of every epoch."""
+
+    def __init__(self, net: Supernet, loader: DataLoader[Any], steps_per_epoch: int) -> None:
+        self.net, self.loader, self.steps_per_epoch = net, loader, steps_per_epoch
+
+    def __call__(self, step: int) -> dict[str, float]:
+        if (step + 1) % self.steps_per_epoch:
+            return {}
+        return {f"W{bits}A{bits}": value for bits, value in accuracies(self.net, self.loader).items()}
