@@ -75,7 +75,8 @@ class Supernet(nn.Module):
         self.model = copy.deepcopy(model)
         facts = trace(self.model, example_input)
         given = {facts.first: (8, None), facts.last: (8, 8)} if fixed is None else dict(fixed)
-        chosen = _match(given, self.model)
+        self.chosen = chosen = _match(given, self.model)
+        """the parts that are not searched, with their bits; also those that are no layers"""
         _check(facts, chosen)
         self.sign = _signs(act_sign, facts)
         self.features = Features()
