@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from oneshot_mpq.batchnorm import BatchNormBank
 from oneshot_mpq.sandwich import Sandwich
 from oneshot_mpq.supernet import Supernet
-from oneshot_mpq.validation import BitAccuracy
+from oneshot_mpq.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,6 @@ def fit(
     val_loader: DataLoader[Any] | None = None,
     out: Path | str | None = None,
     teacher: nn.Module | None = None,
-    observer: Callable[[int], Mapping[str, float | Tensor] | None] | None = None,
     device: str = "auto",
     resume: bool = True,
     label: str = "oneshot-mpq",
@@ -121,10 +120,10 @@ def fit(
     Args:
         train_loader: gives (image, label); of a loader its data set and batch size are used, the order of samples
             comes from the seed alone. A data set needs `config.batch_size`.
-        val_loader: after every epoch the accuracy of all uniform widths on it is logged (batch statistics).
+        val_loader: with it, every epoch ends with a line of the log about the interference: accuracy of all uniform
+            widths on it (batch statistics), turbulence and oscillation.
         out: run folder with log and checkpoint; nothing: a temporary one.
         teacher: its logits guide the largest path (1/2 cross entropy + 1/2 KL).
-        observer: called after every optimiser step.
         device: "auto", "cpu" or "cuda".
         provenance: what else a resumed run must share.
 
@@ -140,10 +139,8 @@ def fit(
     _check_labels(net, dataset, size, config)
     if batch_size // config.accumulate < 2 and _has_batch_norm(net):
         raise InputError("batch_size", found=batch_size, expected="2 or more samples a micro-batch for batch norm")
-    observers = [] if observer is None else [observer]
-    if val_loader is not None:
-        observers.append(BitAccuracy(net, val_loader, per_epoch))
-    method = Sandwich(net, config, per_epoch, teacher, _all(observers) if observers else None)
+    watch = None if val_loader is None else Watch(net, val_loader, per_epoch)
+    method = Sandwich(net, config, per_epoch, teacher, watch)
     loop = training.TrainConfig(
         steps=config.epochs * per_epoch,
         batch_size=batch_size,
@@ -190,16 +187,6 @@ def fit(
             provenance=described,
         )
     return FitResult(net, result.loss, result.steps, result.seconds, result.is_main)
-
-
-def _all(observers: list[Any]) -> Callable[[int], dict[str, float | Tensor]]:
-    def observe(step: int) -> dict[str, float | Tensor]:
-        report: dict[str, float | Tensor] = {}
-        for observer in observers:
-            report |= observer(step) or {}
-        return report
-
-    return observe
 
 
 def _data(loader: DataLoader[Any] | Dataset[Any], config: TrainConfig) -> tuple[Dataset[Any], int]:

@@ -10,7 +10,7 @@ CIFAR = {f"cifar-resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
 class DigitsNet(nn.Module):
-    """A stem and six 3 x 3 convolutions of 8, 16 and 32 channels, each with batch norm and ReLU; a linear classifier."""
+    """Seven 3 x 3 convolutions of 8, 16 and 32 channels, each with batch norm and ReLU, and a linear classifier."""
 
     def __init__(self, classes: int = 10, channels: int = 1) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from oneshot_mpq.optimizer import SandwichOptimizer
 from oneshot_mpq.paths import Path, aligned, largest_path, sample_paths
 from oneshot_mpq.schedule import Dampening, FreezeScheduler
 from oneshot_mpq.supernet import Supernet
+from oneshot_mpq.watch import Watch
 
 if TYPE_CHECKING:
     from oneshot_mpq.fit import TrainConfig
@@ -28,7 +29,7 @@ class Sandwich(training.Method):
         net: calibrated.
         steps_per_epoch: optimiser steps.
         teacher: a network whose logits the largest path is drawn to as well.
-        observer: called after every optimiser step with its number; what it returns goes into the log.
+        watch: called after every optimiser step with its number; what it returns goes into the log.
     """
 
     def __init__(
@@ -37,11 +38,11 @@ class Sandwich(training.Method):
         config: "TrainConfig",
         steps_per_epoch: int,
         teacher: nn.Module | None = None,
-        observer: Any = None,
+        watch: Watch | None = None,
     ) -> None:
         self.net, self.config, self.steps_per_epoch = net, config, steps_per_epoch
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.observer = observer
+        self.watch = watch
         self.passes = 1 + config.paths
         self.scheduler = FreezeScheduler(config.epochs)
         self.damping = Dampening(config.epochs, steps_per_epoch, config.dampening, config.dampening_start)
@@ -170,16 +171,19 @@ class Sandwich(training.Method):
             sum(len(layer.allowed_weight_bits) < len(layer.weight_choices) for layer in net.layers.values())
         )
         report["lifted_steps"] = self.clamped
-        if self.observer is not None:
-            report |= self.observer(step) or {}
+        if self.watch is not None:
+            report |= self.watch(step)
         return report
 
     def state(self) -> Mapping[str, Tensor]:
-        """Beside what the network's buffers hold (candidate sets), only a count."""
-        return {"clamped": torch.tensor(self.clamped, dtype=torch.float64)}
+        """Beside what the network's buffers hold (candidate sets): a count, and what is watched."""
+        watched = {} if self.watch is None else self.watch.state()
+        return {"clamped": torch.tensor(self.clamped, dtype=torch.float64), **watched}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.clamped = float(tensors["clamped"])
+        if self.watch is not None:
+            self.watch.load_state(tensors)
 
 
 def _bad_step(layer: QuantLayer) -> str | None:

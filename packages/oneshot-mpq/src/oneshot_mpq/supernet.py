@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float
 from papercore.errors import InputError
+from papercore.quant import macs
 from torch import Tensor, nn
 
 from oneshot_mpq.batchnorm import BatchNormBank
@@ -73,6 +74,8 @@ class Supernet(nn.Module):
             "symmetric": symmetric,
         }
         self.model = copy.deepcopy(model)
+        self.macs = {operation.name: operation.macs for operation in macs.trace(self.model, example_input).operations}
+        """multiply-accumulates of one sample by layer, and by attention for its two products"""
         facts = trace(self.model, example_input)
         given = {facts.first: (8, None), facts.last: (8, 8)} if fixed is None else dict(fixed)
         self.chosen = chosen = _match(given, self.model)

@@ -1,6 +1,6 @@
 """How much the bit-widths of a layer disturb one another (specification of the method, 2.4)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -75,6 +75,21 @@ class Oscillation:
                 self._rates[name] = self.decay * self._rates[name] + (1 - self.decay) * turned
             self._codes[name] = codes
         self.steps += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        tensors = {"steps": torch.tensor(self.steps)}
+        for kind, values in (("codes", self._codes), ("direction", self._direction), ("rate", self._rates)):
+            tensors |= {f"{kind}.{name}": value for name, value in values.items()}
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+        self.steps = int(tensors["steps"])
+        for kind, values in (("codes", self._codes), ("direction", self._direction), ("rate", self._rates)):
+            for name, layer in self.layers.items():
+                if f"{kind}.{name}" in tensors:
+                    values[name] = tensors[f"{kind}.{name}"].to(layer.weight.device)
 
     def rates(self) -> dict[str, float]:
         """By layer; corrected for the zeros that the average started from."""

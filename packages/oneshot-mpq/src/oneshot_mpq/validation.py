@@ -52,15 +52,3 @@ def accuracies(net: Supernet, loader: DataLoader[Any]) -> dict[int, float]:
     for layer, (w, a) in zip(layers, before, strict=True):
         layer.select(w, a)
     return {bits: 100 * hits / max(1, count) for bits, hits in right.items()}
-
-
-class BitAccuracy:
-    """For the log: the accuracy of every uniform width at the end of every epoch."""
-
-    def __init__(self, net: Supernet, loader: DataLoader[Any], steps_per_epoch: int) -> None:
-        self.net, self.loader, self.steps_per_epoch = net, loader, steps_per_epoch
-
-    def __call__(self, step: int) -> dict[str, float]:
-        if (step + 1) % self.steps_per_epoch:
-            return {}
-        return {f"W{bits}A{bits}": value for bits, value in accuracies(self.net, self.loader).items()}

@@ -1,0 +1,1 @@
+"""The sub-commands; only the command line imports them."""
