@@ -164,12 +164,5 @@ class LSQ(nn.Module):
         self.initialised.fill_(True)
         self.ready = True
 
-    @torch.no_grad()
-    def clamp_steps(self) -> Int[Tensor, ""]:
-        """Lifts the steps that fell below the floor; gives how many there were."""
-        low = self.steps < STEP_FLOOR
-        self.steps.clamp_(min=STEP_FLOOR)
-        return low.sum()
-
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self._signed}"

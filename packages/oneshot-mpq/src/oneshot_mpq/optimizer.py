@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from oneshot_mpq.batchnorm import BatchNormBank
-from oneshot_mpq.lsq import LSQ
+from oneshot_mpq.lsq import LSQ, STEP_FLOOR
 from oneshot_mpq.supernet import Supernet
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -62,6 +62,8 @@ class SandwichOptimizer(torch.optim.Optimizer):
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, {"lr": learning_rate, "weight_decay": 0.0})
         self.momentum, self.nesterov = momentum, nesterov
+        self.lifted = torch.zeros((), dtype=torch.float64, device=steps[0].device if steps else None)
+        """how many steps fell to zero or below and were put on the floor, so far"""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -117,3 +119,5 @@ class SandwichOptimizer(torch.optim.Optimizer):
         n = count.clamp(min=1)
         change = rate * (mean / (1 - first**n)) / ((square / (1 - second**n)).sqrt() + EPSILON)
         p.sub_(torch.where(used, change, 0.0))
+        self.lifted += (p < STEP_FLOOR).sum()
+        p.clamp_(min=STEP_FLOOR)

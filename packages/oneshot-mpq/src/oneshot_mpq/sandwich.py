@@ -51,8 +51,6 @@ class Sandwich(training.Method):
         self.dampening_weight = 0.0
         self.terms: list[dict[str, Tensor]] = []
         """the parts of the loss of every pass since the step began"""
-        self.clamped = 0.0
-        """steps that had to be lifted back above zero, so far"""
         self._optimizer: SandwichOptimizer | None = None
 
     def optimizer(self, model: nn.Module, config: training.TrainConfig) -> SandwichOptimizer:
@@ -98,7 +96,7 @@ class Sandwich(training.Method):
                 expected = self.teacher(x)
             terms["kl"] = distillation(expected, logits)
             total = (terms["ce"] + terms["kl"]) / 2
-        yield self._note(terms, total + self._region(terms), "the largest path")
+        yield self._note(terms, total + self._region(terms), "the largest path", x)
         guide = logits.detach()
         del logits
         for number, (path, names) in enumerate(zip(self.paths, compared, strict=True), start=1):
@@ -113,7 +111,7 @@ class Sandwich(training.Method):
             if self.dampening_weight:
                 terms["dampening"] = dampening(net.layers.values())
                 total = total + self.dampening_weight * terms["dampening"]
-            yield self._note(terms, total + self._region(terms), f"random path {number}")
+            yield self._note(terms, total + self._region(terms), f"random path {number}", x)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(wide(logits), labels, label_smoothing=self.config.label_smoothing)
@@ -125,10 +123,10 @@ class Sandwich(training.Method):
         terms["region"] = region
         return region
 
-    def _note(self, terms: dict[str, Tensor], total: Tensor, where: str) -> Tensor:
+    def _note(self, terms: dict[str, Tensor], total: Tensor, where: str, x: Tensor) -> Tensor:
         self.terms.append({**{name: value.detach() for name, value in terms.items()}, "total": total.detach()})
         if not math.isfinite(float(total.detach())):
-            raise WorkError(f"the loss of {where} is {float(total.detach())} at step {self.number}: {self._culprit()}")
+            raise WorkError(f"the loss of {where} is {float(total.detach())} at step {self.number}: {self._culprit(x)}")
         return total
 
     def _check(self, x: Tensor, y: Tensor, logits: Tensor) -> None:
@@ -145,21 +143,34 @@ class Sandwich(training.Method):
             expected=f"0 to {classes - 1}",
         )
 
-    def _culprit(self) -> str:
-        """The first layer whose weight or step is not finite."""
-        for name, layer in (*self.net.fixed.items(), *self.net.layers.items()):
+    @torch.no_grad()
+    def _culprit(self, x: Tensor | None = None) -> str:
+        """The first layer whose weight, step or (for a batch) output is not finite."""
+        layers = {**self.net.fixed, **self.net.layers}
+        for name, layer in layers.items():
             if not bool(torch.isfinite(layer.weight).all()):
                 return f"the weight of {name} is not finite"
             found = _bad_step(layer)
             if found:
                 return f"{found} of {name} is not finite"
-        return "weights and steps are finite; lower the learning rate"
+        outputs: list[str] = []
+
+        def look(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            assert isinstance(layer, QuantLayer)
+            if not bool(torch.isfinite(output).all()):
+                outputs.append(f"the output of {layer.name} at W{layer.weight_bits}A{layer.act_bits} is not finite")
+
+        if x is not None:
+            handles = [layer.register_forward_hook(look) for layer in layers.values()]
+            self.net(x)
+            for handle in handles:
+                handle.remove()
+        return outputs[0] if outputs else "weights and steps are finite; lower the learning rate"
 
     def after_step(self, model: nn.Module, step: int) -> Mapping[str, float | Tensor]:
         net = self.net
-        self.clamped += float(net.clamp_steps())
         watched = [p for p in net.parameters() if p.requires_grad]
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in watched]))  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in watched], torch.inf))  # pyright: ignore[reportPrivateImportUsage]
         if not bool(torch.isfinite(norms).all()):
             raise WorkError(f"step {step}: {self._culprit()}")
         report: dict[str, float | Tensor] = {}
@@ -170,7 +181,8 @@ class Sandwich(training.Method):
         report["frozen"] = float(
             sum(len(layer.allowed_weight_bits) < len(layer.weight_choices) for layer in net.layers.values())
         )
-        report["lifted_steps"] = self.clamped
+        if self._optimizer is not None:
+            report["lifted_steps"] = float(self._optimizer.lifted)
         if self.watch is not None:
             report |= self.watch(step)
         return report
@@ -178,10 +190,12 @@ class Sandwich(training.Method):
     def state(self) -> Mapping[str, Tensor]:
         """Beside what the network's buffers hold (candidate sets): a count, and what is watched."""
         watched = {} if self.watch is None else self.watch.state()
-        return {"clamped": torch.tensor(self.clamped, dtype=torch.float64), **watched}
+        lifted = {} if self._optimizer is None else {"lifted": self._optimizer.lifted}
+        return {**lifted, **watched}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.clamped = float(tensors["clamped"])
+        if self._optimizer is not None:
+            self._optimizer.lifted.copy_(tensors["lifted"])
         if self.watch is not None:
             self.watch.load_state(tensors)
 

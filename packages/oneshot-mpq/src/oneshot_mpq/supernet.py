@@ -74,9 +74,9 @@ class Supernet(nn.Module):
             "symmetric": symmetric,
         }
         self.model = copy.deepcopy(model)
+        facts = trace(self.model, example_input)
         self.macs = {operation.name: operation.macs for operation in macs.trace(self.model, example_input).operations}
         """multiply-accumulates of one sample by layer, and by attention for its two products"""
-        facts = trace(self.model, example_input)
         given = {facts.first: (8, None), facts.last: (8, 8)} if fixed is None else dict(fixed)
         self.chosen = chosen = _match(given, self.model)
         """the parts that are not searched, with their bits; also those that are no layers"""
@@ -250,23 +250,12 @@ class Supernet(nn.Module):
             assert quantizer is not None
             if self.sign[name] == "auto":
                 quantizer.signed = least < -NEGATIVE * largest
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    quantizer.initialise_from_mean(mean.to(quantizer.steps))
-            finally:
-                if caught:
-                    warnings.warn(f"{name}: its input is all zero; steps take the smallest value", stacklevel=2)
-
-    def clamp_steps(self) -> Tensor:
-        """Lifts steps that fell to zero or below; gives their number."""
-        quantizers = [
-            quantizer
-            for layer in (*self._layers.values(), *self._fixed.values())
-            for quantizer in (layer.weight_quantizer, layer.act_quantizer)
-            if quantizer is not None
-        ]
-        return torch.stack([quantizer.clamp_steps() for quantizer in quantizers]).sum()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said below, with the names
+                quantizer.initialise_from_mean(mean.to(quantizer.steps))
+        empty = [name for name, (_, largest, _) in found.items() if largest == 0]
+        if empty:
+            warnings.warn(f"{', '.join(empty)}: inputs are all zero; steps take the smallest value", stacklevel=2)
 
 
 def _summary(name: str, values: Sequence[tuple[float, float, Tensor]]) -> tuple[float, float, Tensor]:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+ATTENTION = (functional.multi_head_attention_forward, torch._native_multi_head_attention)
+"""functions that are given the weights of torch's nn.MultiheadAttention"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -28,7 +31,7 @@ class Layer:
     batchnorm: str | None
     """name of the batch norm behind it"""
     minimum: float
-    """smallest value of its input"""
+    """smallest value of its input over the largest magnitude; 0 if none is negative"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,8 @@ class _Calls(TorchFunctionMode):
             name, module = self.stack[-1] if self.stack else ("", None)
             if isinstance(weight, nn.Parameter) and not isinstance(module, nn.Conv2d | nn.Linear):
                 self.outside.append(name)
+        elif func in ATTENTION:
+            self.outside.append(self.stack[-1][0] if self.stack else "")
         return func(*args, **(kwargs or {}))
 
 
@@ -88,7 +93,8 @@ def trace(model: nn.Module, example_input: Tensor) -> Facts:
             order.setdefault(name, len(order))
             x = arguments[0]
             if x.numel() and not x.is_meta:
-                minimum[name] = min(minimum.get(name, 0.0), float(x.detach().min()))
+                least = float(x.detach().min() / x.detach().abs().max().clamp(min=1e-30))
+                minimum[name] = min(minimum.get(name, 0.0), least)
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             calls[name] += 1
             feeds.extend((layer, name) for layer, tensor in outputs if tensor is arguments[0])
