@@ -6,7 +6,6 @@ a tensor the place of the scale makes no difference. The softmax matrix is never
 point 0; without softmax bits it is never formed and the fused attention runs.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -45,10 +44,6 @@ class QuantAttention(nn.Module):
     def set(self, gene: str, bits: int | None) -> None:
         self.use(**{gene: bits})
 
-    def keep(self, **bits: int) -> Mapping[int, Any]:
-        """What a copy at fixed bits needs: a memo for `copy.deepcopy`."""
-        return {id(self.steps): {gene: {width: self.steps[gene][width]} for gene, width in bits.items()}}
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantAttention":
         import copy
 
@@ -65,7 +60,7 @@ class QuantAttention(nn.Module):
         self.use(**self.bits)
         return self
 
-    def forward(
+    def __call__(  # not forward: diffusers reads the names of its arguments
         self,
         attn: Any,
         hidden_states: Tensor,

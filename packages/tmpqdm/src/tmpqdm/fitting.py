@@ -96,9 +96,9 @@ class Fitter:
         self, number: int, unit: Unit, forward: Forward, call: Call, targets: Tensor, name: str, bits: Assignment
     ) -> None:
         layers = {
-            key: layer for key, layer in unit.layers.items() if ("w", key, bits[key]["w"]) not in self.learned
+            key: layer for key, layer in unit.layers.items() if (key, "w", bits[key]["w"]) not in self.learned
         }
-        self.learned |= {("w", key, bits[key]["w"]) for key in layers}
+        self.learned |= {(key, "w", bits[key]["w"]) for key in layers}
         if not layers or not self.settings.weight_iters:
             return
         stored = self._read("w", name, number)

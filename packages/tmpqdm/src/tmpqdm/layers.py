@@ -7,7 +7,7 @@ section 4.2).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,14 +122,6 @@ class QuantLayer(nn.Module):
     def step_halves(self, bits: int) -> tuple[Step, ...]:
         step = self.steps[bits]
         return step.halves if isinstance(step, SplitStep) else (step,)
-
-    def keep(self, w: int, a: int) -> Mapping[int, Any]:
-        """What a copy at fixed bits needs of each store: a memo for `copy.deepcopy`."""
-        return {
-            id(self.dense): {w: self.dense[w].clone()},
-            id(self.steps): {a: self.steps[a]},
-            id(self.halves): {w: self.halves[w]},
-        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantLayer":
         import copy
