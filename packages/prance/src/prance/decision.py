@@ -29,7 +29,7 @@ class Decision:
     mlp_ratio: Float[Tensor, "batch depth"]
     """float64"""
     prune: Float[Tensor, "batch points"]
-    """share of tokens that survive pruning at every decision point, in [0, 1], float64; 1 keeps all, 0 the class token"""
+    """share of tokens that pruning keeps at every decision point, in [0, 1], float64; 0 keeps the class token"""
     merge: Float[Tensor, "batch points"]
     """share that is left after merging, in [0, 1], float64; 1 merges none"""
 
@@ -126,7 +126,7 @@ class Decision:
         Keep ratios may be given for every block too: they must then be 1 outside the decision points.
         """
 
-        def row(name: str, value: Any, length: int) -> list[float]:
+        def row(name: str, value: Any, length: int) -> list[Any]:
             values = [value] * length if isinstance(value, int | float) else list(value)
             if name in ("prune", "merge") and len(values) == space.depth != length:
                 if any(v != 1 for i, v in enumerate(values) if i not in space.points):

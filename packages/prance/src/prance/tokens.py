@@ -47,7 +47,8 @@ class TokenBatch:
         """All tokens live, each standing for itself."""
         batch, tokens, _ = x.shape
         origin = torch.arange(tokens, device=x.device).expand(batch, -1)
-        return cls(x, x.new_ones(batch, tokens), torch.full((batch,), tokens), origin)
+        size = torch.ones(batch, tokens, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return cls(x, size, torch.full((batch,), tokens), origin)
 
     def trimmed(self) -> "TokenBatch":
         """Without the slots that are dead in every image."""
@@ -133,10 +134,10 @@ def _collect(tokens: TokenBatch, where: Tensor, sources: Tensor, kept: Tensor, m
     """Adds the sources to slots `where`, takes means, and keeps the first `kept` slots."""
     x = tokens.x
     weight = torch.ones_like(tokens.size) if mean == "mean" else tokens.size
-    total = torch.zeros_like(x).scatter_add(1, where[:, :, None].expand_as(x), x * weight[:, :, None])
+    total = torch.zeros_like(x).scatter_add(1, where[:, :, None].expand_as(x), x * weight[:, :, None].to(x.dtype))
     parts = torch.zeros_like(weight).scatter_add(1, where, weight)
     taken = torch.zeros_like(tokens.size).scatter_add(1, where, sources.to(tokens.size))
-    merged = torch.where(taken[:, :, None] > 0, total / parts.clamp(min=1e-30)[:, :, None], x)
+    merged = torch.where(taken[:, :, None] > 0, (total / parts.clamp(min=1e-30)[:, :, None]).to(x.dtype), x)
     size = torch.zeros_like(tokens.size).scatter_add(1, where, tokens.size)
     return _first(TokenBatch(merged, size, tokens.count, follow(tokens.origin, where)), kept)
 
@@ -178,8 +179,8 @@ def bipartite_merge(
         where.scatter_(1, 2 * gone, stay + target.gather(1, gone))
     weight = tokens.size
     size = torch.zeros_like(weight).scatter_add(1, where, weight)
-    total = torch.zeros_like(x).scatter_add(1, where[:, :, None].expand_as(x), x * weight[:, :, None])
-    merged = total / size.clamp(min=1e-30)[:, :, None]
+    total = torch.zeros_like(x).scatter_add(1, where[:, :, None].expand_as(x), x * weight[:, :, None].to(x.dtype))
+    merged = (total / size.clamp(min=1e-30)[:, :, None]).to(x.dtype)
     kept = torch.full_like(tokens.count, n - removed)
     return _first(TokenBatch(merged, size, tokens.count, follow(tokens.origin, where)), kept)
 
