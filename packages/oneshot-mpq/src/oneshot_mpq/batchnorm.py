@@ -22,6 +22,8 @@ class BatchNormBank(nn.Module):
         weight_bits, act_bits: candidates of the layer in front.
     """
 
+    weight: Float[nn.Parameter, "pairs channels"] | None
+    bias: Float[nn.Parameter, "pairs channels"] | None
     running_mean: Float[Tensor, "pairs channels"] | None
     running_var: Float[Tensor, "pairs channels"] | None
     num_batches_tracked: Int[Tensor, " pairs"] | None

@@ -68,7 +68,6 @@ class BitConfig:
         """
         weights, activations, lifted = [], [], []
         for name, layer in net.layers.items():
-            assert layer.act_choices is not None
             w, a = (
                 _at_least(bits, choices, name)
                 for bits, choices in ((weight_bits, layer.weight_choices), (act_bits, layer.act_choices))
@@ -119,7 +118,7 @@ class BitConfig:
                 continue
             for kind, bits, choices in (
                 ("weight", layer.weight_bits, other.weight_choices),
-                ("activation", layer.act_bits, other.act_choices or ()),
+                ("activation", layer.act_bits, other.act_choices),
             ):
                 if bits not in choices:
                     wrong.append(f"{layer.name}: {kind} bits {bits}, not of {choices}")

@@ -1,7 +1,25 @@
-"""The `oneshot-mpq` command. It has no sub-command yet and says so."""
+"""The `oneshot-mpq` command."""
 
-from papercore.cli import unfinished
+import sys
+
+from papercore import cli
+
+from oneshot_mpq.commands.inspect import Inspect
+from oneshot_mpq.commands.reproduce import Reproduce
+from oneshot_mpq.commands.train import Train
+
+COMMANDS: dict[str, type[cli.Command]] = {
+    "train": Train,
+    "inspect": Inspect,
+    "reproduce": Reproduce,
+}
 
 
 def main() -> int:
-    return unfinished("oneshot-mpq")
+    return cli.main(
+        "oneshot-mpq", COMMANDS, "Trains a network once for all bit-widths and finds the bits of every layer."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

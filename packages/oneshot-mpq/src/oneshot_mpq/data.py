@@ -108,10 +108,12 @@ def _folder(data: Path, seed: int, size: int) -> Splits:
     from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
     from torchvision.datasets import ImageFolder
 
+    augment: Any = create_transform(size, is_training=True, auto_augment=None)
+    transform: Any = create_transform(size)
     try:
-        augmented = ImageFolder(str(data / "train"), create_transform(size, is_training=True, auto_augment=None))
-        plain = ImageFolder(str(data / "train"), create_transform(size))
-        test = ImageFolder(str(data / "val"), create_transform(size))
+        augmented = ImageFolder(str(data / "train"), augment)
+        plain = ImageFolder(str(data / "train"), transform)
+        test = ImageFolder(str(data / "val"), transform)
     except (OSError, FileNotFoundError) as error:
         raise InputError("pictures", where=data, found=str(error), expected="train/CLASS/* and val/CLASS/*") from error
     if plain.classes != test.classes:

@@ -165,9 +165,7 @@ def fit(
         "method": dataclasses.asdict(config),
         "model": net.name,
         "bits": list(net.bits),
-        "layers": {
-            name: [list(layer.weight_choices), list(layer.act_choices or ())] for name, layer in net.layers.items()
-        },
+        "layers": {name: [list(layer.weight_choices), list(layer.act_choices)] for name, layer in net.layers.items()},
         "fixed": {name: [layer.weight_bits, layer.act_bits] for name, layer in net.fixed.items()},
         **net.options,
         **(provenance or {}),

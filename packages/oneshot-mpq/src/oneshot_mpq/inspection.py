@@ -108,7 +108,7 @@ def interference_picture(found: Sequence[Inspected]) -> Picture:
     for number, (key, title) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), number)
         for item in found:
-            axes.plot([r["epoch"] for r in item.epochs], [r.get(key) for r in item.epochs], label=item.name)
+            axes.plot([r["epoch"] for r in item.epochs], [r[key] for r in item.epochs], label=item.name)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -124,7 +124,7 @@ def accuracy_picture(found: Sequence[Inspected]) -> Picture:
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for item in found:
-        axes.plot(bits, [item.epochs[-1].get(f"accuracy W{b}A{b}") for b in bits], "o-", label=item.name)
+        axes.plot(bits, [item.epochs[-1][f"accuracy W{b}A{b}"] for b in bits], "o-", label=item.name)
     axes.set_xlabel("bits of weights and activations")
     axes.set_ylabel("accuracy (%)")
     axes.set_xticks(bits)

@@ -35,6 +35,7 @@ class QuantLayer(nn.Module):
     """
 
     weight_allowed: Bool[Tensor, " weight_choices"]
+    _shape: Any
 
     def __init__(
         self,
@@ -51,8 +52,11 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
-        self.weight_choices, self.act_choices = weight_choices, act_choices
+        self.weight_choices = weight_choices
+        self.act_choices: tuple[int, ...] = act_choices or ()
         self.depthwise = depthwise
+        self.padded = isinstance(layer, Conv2dSame)
+        """whether it pads its input as TensorFlow does, depending on its size"""
         shape = copy.copy(layer)  # strides, padding and so on, without weights; no part of this module
         shape._parameters = dict.fromkeys(layer._parameters)
         object.__setattr__(self, "_shape", shape)
@@ -114,7 +118,7 @@ class QuantLayer(nn.Module):
         shape: Any = self._shape
         if self.kind == "linear":
             y = functional.linear(x, weight, self.bias)
-        elif isinstance(shape, Conv2dSame):
+        elif self.padded:
             y = conv2d_same(x, weight, self.bias, shape.stride, shape.padding, shape.dilation, shape.groups)
         else:
             y = shape._conv_forward(x, weight, self.bias)

@@ -29,7 +29,7 @@ def sample_paths(net: Supernet, count: int, generator: torch.Generator) -> list[
     return [
         Path(
             tuple(pick(layer.allowed_weight_bits, w) for layer, (w, _) in zip(layers, row, strict=True)),
-            tuple(pick(layer.act_choices or (), a) for layer, (_, a) in zip(layers, row, strict=True)),
+            tuple(pick(layer.act_choices, a) for layer, (_, a) in zip(layers, row, strict=True)),
         )
         for row in draws
     ]
@@ -40,7 +40,7 @@ def largest_path(net: Supernet) -> Path:
     layers = net.layers.values()
     return Path(
         tuple(layer.allowed_weight_bits[-1] for layer in layers),
-        tuple((layer.act_choices or ())[-1] for layer in layers),
+        tuple(layer.act_choices[-1] for layer in layers),
     )
 
 

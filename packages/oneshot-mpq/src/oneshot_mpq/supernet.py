@@ -21,7 +21,7 @@ from oneshot_mpq.lsq import FLOAT, check_bits
 from oneshot_mpq.tracing import Facts, Layer, trace
 
 if TYPE_CHECKING:
-    from oneshot_mpq.cost import Cost
+    from oneshot_mpq.cost import Cost, CostModel
 
 Sign = Literal["auto", "signed", "unsigned"]
 NEGATIVE = 1e-5
@@ -83,6 +83,7 @@ class Supernet(nn.Module):
         _check(facts, chosen)
         self.sign = _signs(act_sign, facts)
         self.features = Features()
+        self._cost_model: CostModel | None = None
         self._layers: dict[str, QuantLayer] = {}
         self._fixed: dict[str, QuantLayer] = {}
         for layer in facts.layers.values():
@@ -162,7 +163,7 @@ class Supernet(nn.Module):
     def select_largest(self) -> None:
         """Every layer at the most bits that it may have now."""
         for layer in self._layers.values():
-            layer.select(layer.allowed_weight_bits[-1], layer.act_choices[-1] if layer.act_choices else None)
+            layer.select(layer.allowed_weight_bits[-1], layer.act_choices[-1])
 
     def config(self) -> BitConfig:
         """The bits that are set, with their cost."""
@@ -176,8 +177,7 @@ class Supernet(nn.Module):
         """Bit operations and size of a configuration; nothing: of the bits that are set."""
         from oneshot_mpq.cost import CostModel
 
-        if not hasattr(self, "_cost_model"):
-            object.__setattr__(self, "_cost_model", CostModel(self))
+        self._cost_model = costs = self._cost_model or CostModel(self)
         if config is None:
             config = BitConfig(
                 self.name,
@@ -185,7 +185,7 @@ class Supernet(nn.Module):
                 tuple(LayerBits(n, v.weight_bits, v.act_bits or FLOAT) for n, v in self._layers.items()),
                 tuple(FixedBits(n, v.weight_bits, v.act_bits) for n, v in self._fixed.items()),
             )
-        return self._cost_model.cost(config)
+        return costs.cost(config)
 
     @contextlib.contextmanager
     def floating(self) -> Iterator[None]:

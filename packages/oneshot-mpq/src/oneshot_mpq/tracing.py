@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-ATTENTION = (functional.multi_head_attention_forward, torch._native_multi_head_attention)
+ATTENTION = (functional.multi_head_attention_forward, torch._native_multi_head_attention)  # pyright: ignore[reportPrivateImportUsage]
 """functions that are given the weights of torch's nn.MultiheadAttention"""
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of all uniform bit-widths while the training goes on."""
+"""Accuracy: of one network, and of all uniform bit-widths while the training goes on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +47,21 @@ def accuracies(net: Supernet, loader: DataLoader[Any]) -> dict[int, float]:
             for bits in net.bits:
                 for layer in layers:
                     w = min(b for b in layer.weight_choices if b >= bits)
-                    layer.select(w, min(b for b in layer.act_choices or () if b >= bits))
+                    layer.select(w, min(b for b in layer.act_choices if b >= bits))
                 right[bits] += int((net(x).argmax(-1) == y).sum())
     for layer, (w, a) in zip(layers, before, strict=True):
         layer.select(w, a)
     return {bits: 100 * hits / max(1, count) for bits, hits in right.items()}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
+    """Top-1 accuracy in percent, in evaluation mode, over every image of the loader."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    right, count = 0, 0
+    for x, y in loader:
+        right += int((model(x.to(device)).argmax(-1) == y.to(device)).sum())
+        count += len(y)
+    model.train(training)
+    return 100 * right / max(1, count)

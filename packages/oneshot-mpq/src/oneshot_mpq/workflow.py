@@ -102,16 +102,18 @@ def train_supernet(
     device: str = "auto",
     resume: bool = True,
     watch: bool = False,
+    float_out: Path | None = None,
     label: str = "oneshot-mpq: supernet",
 ) -> tuple[FitResult, Splits]:
     """Float network in `out`/float, training in `out`/run, the supernet itself in `out`.
 
     Args:
+        float_out: folder of the float training, for several supernets of one float network.
         watch: log the interference of the bit-widths after every epoch, on the search images.
     """
     out = Path(out)
     splits = project.splits()
-    model, source = float_network(project, splits, out / "float", device=device, resume=resume)
+    model, source = float_network(project, splits, float_out or out / "float", device=device, resume=resume)
     net = convert(project, model, splits)
     if watch:
         size, batch = len(splits.train), config.batch_size or 1  # pyright: ignore[reportArgumentType]
