@@ -26,11 +26,13 @@ class Geometry:
     classes: int = 1000
     projected: tuple[int, ...] = (2, 5, 8)
     """blocks with a residual projection"""
+    least: int = 1
+    """tokens that no reduction goes below"""
 
     @classmethod
     def of(cls, net: MetaViT) -> "Geometry":
         projected = tuple(i for i, block in enumerate(net.blocks) if block.residual is not None)
-        return cls(net.tokens, net.prefix, net.patch_size, net.channels, net.num_classes, projected)
+        return cls(net.tokens, net.prefix, net.patch_size, net.channels, net.num_classes, projected, net.least)
 
 
 def token_counts(
@@ -44,9 +46,8 @@ def token_counts(
         attention.append(n)
         if block in space.points:
             point = space.points.index(block)
-            least = max(1, geometry.prefix)
-            n = keep_count(decision.prune[:, point], n, least)
-            n = keep_count(decision.merge[:, point], n, least)
+            n = keep_count(decision.prune[:, point], n, geometry.least)
+            n = keep_count(decision.merge[:, point], n, geometry.least)
         mlp.append(n)
     return torch.stack(attention, 1), torch.stack(mlp, 1)
 
@@ -88,7 +89,7 @@ def macs(
 def merge_macs(net: MetaViT | Geometry, decision: Decision) -> Int[Tensor, " batch"]:
     """Of the similarities: (n - k) k E at every merge of n tokens into k."""
     shape = net if isinstance(net, Geometry) else Geometry.of(net)
-    space, least = decision.space, max(1, shape.prefix)
+    space, least = decision.space, shape.least
     n = torch.full((len(decision),), shape.tokens)
     total = torch.zeros(len(decision), dtype=torch.long)
     for point, block in enumerate(space.points):

@@ -74,7 +74,7 @@ class Masked:
         return Attended(dataclasses.replace(flow, x=x), ranks, keys)
 
     def reduce(self, point: int, flow: TokenBatch, scores: Any, decision: Decision) -> TokenBatch:
-        return reduced(flow, scores, decision, point, self.net.prefix, self.mean)
+        return reduced(flow, scores, decision, point, self.net, self.mean)
 
     def feed(self, block: int, flow: TokenBatch, decision: Decision) -> TokenBatch:
         weights = self.net.blocks[block]

@@ -118,7 +118,7 @@ class Packed:
         x, size = self.padded(flow.x, flow, slots), self.padded(flow.size[:, None], flow, slots)[:, :, 0]
         ranks = self.padded(scores[:, None], flow, slots)[:, :, 0]
         tokens = TokenBatch(x, size, flow.count, flow.origin)
-        tokens = reduced(tokens, ranks, decision, point, self.net.prefix, self.mean)
+        tokens = reduced(tokens, ranks, decision, point, self.net, self.mean)
         live = tokens.alive
         return Rows(tokens.x[live], tokens.size[live], tokens.count, tokens.origin)
 

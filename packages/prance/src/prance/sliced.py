@@ -88,9 +88,9 @@ def pooled(net: MetaViT, x: Float[Tensor, "batch tokens width"], alive: Tensor |
         return x[:, 0]
     patches = x[:, net.prefix :]
     if alive is None:
-        return patches.mean(1) if patches.shape[1] else x.mean(1)
+        return patches.mean(1)
     live = alive[:, net.prefix :, None].to(x)
-    return (patches * live).sum(1) / live.sum(1).clamp(min=1)
+    return (patches * live).sum(1) / live.sum(1)
 
 
 def embedded(net: MetaViT, images: Tensor, width: int) -> Float[Tensor, "batch tokens width"]:
@@ -141,7 +141,7 @@ class Sliced:
         return drop_path(x, weights.drop_path, self.net.training)
 
     def reduce(self, point: int, flow: TokenBatch, scores: Any, decision: Decision) -> TokenBatch:
-        return reduced(flow, scores, decision, point, self.net.prefix, self.mean)
+        return reduced(flow, scores, decision, point, self.net, self.mean)
 
     def feed(self, block: int, flow: TokenBatch, decision: Decision) -> TokenBatch:
         weights = self.net.blocks[block]
@@ -176,11 +176,11 @@ class Sliced:
         return flow.origin
 
 
-def reduced(flow: TokenBatch, scores: Tensor, decision: Decision, point: int, prefix: int, mean: Mean) -> TokenBatch:
+def reduced(flow: TokenBatch, scores: Tensor, decision: Decision, point: int, net: MetaViT, mean: Mean) -> TokenBatch:
     """Ranks, prunes and merges as the decision says."""
-    flow = reorder(flow, rank_tokens(scores, flow.count, prefix))
-    flow = prune_tokens(flow, decision.prune[:, point], prefix)
-    return merge_tokens(flow, decision.merge[:, point], prefix, mean)
+    flow = reorder(flow, rank_tokens(scores, flow.count, net.prefix))
+    flow = prune_tokens(flow, decision.prune[:, point], net.prefix, net.least)
+    return merge_tokens(flow, decision.merge[:, point], net.prefix, mean, net.least)
 
 
 class ReferenceFast(Sliced):

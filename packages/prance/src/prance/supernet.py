@@ -108,6 +108,8 @@ class MetaViT(nn.Module):
         self.patches = (image_size // patch_size) ** 2
         self.tokens = self.patches + self.prefix
         """N: tokens of an image before any reduction, and the length of a selector's state"""
+        self.least = max(1, self.prefix + (pool == "avg"))
+        """tokens that no reduction goes below: prefix tokens, and a patch where patches are pooled"""
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, width))
         """zero for prefix tokens that have no position"""
         self.norm_pre: nn.LayerNorm | None = None

@@ -85,9 +85,15 @@ def follow(origin: Int[Tensor, "batch original"], where: Int[Tensor, "batch slot
     return torch.where(origin < 0, origin, moved)
 
 
-def prune_tokens(tokens: TokenBatch, ratio: Float[Tensor, " batch"], prefix: int = 1) -> TokenBatch:
-    """Keeps the first max(1, floor(p n)) tokens of each image; they must be in the order of `rank_tokens`."""
-    kept = keep_count(ratio, tokens.count, max(1, prefix))
+def prune_tokens(
+    tokens: TokenBatch, ratio: Float[Tensor, " batch"], prefix: int = 1, least: int | None = None
+) -> TokenBatch:
+    """Keeps the first max(least, floor(p n)) tokens of each image; they must be in the order of `rank_tokens`.
+
+    Args:
+        least: None: the prefix tokens, or one.
+    """
+    kept = keep_count(ratio, tokens.count, max(1, prefix) if least is None else least)
     return _first(tokens, kept)
 
 
@@ -101,9 +107,13 @@ def _first(tokens: TokenBatch, kept: Int[Tensor, " batch"]) -> TokenBatch:
 
 
 def merge_tokens(
-    tokens: TokenBatch, ratio: Float[Tensor, " batch"], prefix: int = 1, mean: Mean = "mean"
+    tokens: TokenBatch,
+    ratio: Float[Tensor, " batch"],
+    prefix: int = 1,
+    mean: Mean = "mean",
+    least: int | None = None,
 ) -> TokenBatch:
-    """Merges each image's last tokens into its first max(1, floor(m n)), each into the most similar by cosine.
+    """Merges each image's last tokens into its first max(least, floor(m n)), each into the most similar by cosine.
 
     The tokens must be in the order of `rank_tokens`. Prefix tokens are no targets unless they are all that is left;
     equal cosines go to the lower slot. The target becomes the mean of itself and what it takes up ("mean", as PRANCE
@@ -111,7 +121,7 @@ def merge_tokens(
     """
     if mean not in ("mean", "size_mean"):
         raise InputError("reduce", found=mean, expected="mean or size_mean")
-    kept = keep_count(ratio, tokens.count, max(1, prefix))
+    kept = keep_count(ratio, tokens.count, max(1, prefix) if least is None else least)
     if bool((kept == tokens.count).all()):
         return tokens
     x, device = tokens.x, tokens.x.device
