@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -81,8 +81,9 @@ class Method(nn.Module):
         warmup: epochs over which the weight of the distillation losses grows linearly; see `epoch`.
     """
 
-    needs_features: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
+    needs_teacher: bool = True
+    needs_features: bool = True
+    needs_logits: bool = False
     """compares the logits of both networks, which must be for the same classes"""
 
     def __init__(
@@ -187,7 +188,7 @@ class Method(nn.Module):
 class CrossEntropy(Method):
     """No distillation: the student alone, in the same harness."""
 
-    needs_features = False
+    needs_teacher = needs_features = False
 
     def forward(
         self, student: Outputs, teacher: Outputs, targets: Int[Tensor, " batch"], *, generator: torch.Generator | None
