@@ -39,6 +39,8 @@ class Settings:
     progress: Callable[[str], None]
     store: Path | None
     """folder for the results of finished units"""
+    learn_softmax: bool
+    """whether the softmax matrix's step is learned: not where it is one for all bits, or it would depend on the menu"""
 
 
 class Fitter:
@@ -173,6 +175,8 @@ class Fitter:
         for key, attention in unit.attentions.items():
             for gene in attention.genes:
                 width = bits[key][gene]
+                if gene == "p" and not self.settings.learn_softmax:
+                    continue
                 if (key, gene, width) not in self.learned:
                     self.learned.add((key, gene, width))
                     learned[f"{key}/{gene}/0"] = attention.acts[gene] = LearnedStep(attention.steps[gene][width])

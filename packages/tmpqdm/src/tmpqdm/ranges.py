@@ -15,6 +15,9 @@ RangeMethod = Literal["max", "mse", "running"]
 MOMENTUM = 0.95
 """of the running range"""
 
+LOOKED_AT = 2**14
+"""values of a tensor and minibatch that the search for the best range tries"""
+
 Place = tuple[str, str]
 """(operation, gene)"""
 
@@ -55,12 +58,16 @@ class Extremes:
 
 
 class BestShrink:
-    """Sums |x - x'|^2.4 for every width and every shrunk range; the first smallest wins."""
+    """Sums |x - x'|^2.4 for every width and every shrunk range; the first smallest wins.
+
+    Of every minibatch at most `LOOKED_AT` values are tried, drawn with a fixed seed.
+    """
 
     def __init__(self, extremes: Extremes, widths: Sequence[int]) -> None:
         self.extremes = extremes
         self.tried: dict[tuple[int, int], list[Step]] = {}
         self.errors: dict[tuple[int, int], Tensor] = {}
+        self.generator = torch.Generator().manual_seed(0)
         for width in widths:
             for half, (low, high) in enumerate(zip(extremes.low, extremes.high, strict=True)):
                 if low is None or high is None:
@@ -74,11 +81,16 @@ class BestShrink:
                 self.errors[width, half] = torch.zeros(len(steps), dtype=torch.float64, device=low.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = self.extremes.parts(x)
+        parts = [self._some(part.detach().float().reshape(-1)) for part in self.extremes.parts(x)]
         for (width, half), steps in self.tried.items():
-            part = parts[half].float()
+            part = parts[half]
             self.errors[width, half] += torch.stack([(part - step(part)).abs().pow(2.4).sum() for step in steps])
         return x
+
+    def _some(self, values: Tensor) -> Tensor:
+        if len(values) <= LOOKED_AT:
+            return values
+        return values[torch.randint(len(values), (LOOKED_AT,), generator=self.generator).to(values.device)]
 
     def steps(self, bits: int) -> tuple[Step, ...]:
         plain = self.extremes.steps(bits)

@@ -20,6 +20,7 @@ from papercore.errors import InputError
 from papercore.quant.affine import code_range
 from torch import nn
 
+from tmpqdm import solverfile
 from tmpqdm.attention import QKV, QuantAttention, check_processor
 from tmpqdm.calibration import CalibrationSet
 from tmpqdm.fitting import Assignment, Fitter, Settings, unit_errors
@@ -93,12 +94,12 @@ class PrecisionSolver:
                 self.layers[name] = layer
                 self._put(name, layer, model)
             elif isinstance(module, Attention) and traced.calls[name]:
-                check_processor(name, module)
                 processor = QuantAttention(settings.softmax_bits is not None)
                 self.attentions[name] = processor
                 self.network.get_submodule(name).set_processor(processor)  # pyright: ignore[reportCallIssue]
         self.ops = self._operations(named, traced)
         self.units = self._units(traced)
+        self.model_hash = solverfile.model_hash(model)
         self._pinned = {op.name: dict(op.pinned) for op in self.ops}
         self._current: dict[str, dict[str, int]] | None = None
 
@@ -135,7 +136,10 @@ class PrecisionSolver:
             warnings.warn(f"bits {list(bits)} sorted to {list(menu)}", stacklevel=2)
         if isinstance(softmax_bits, int):
             code_range(softmax_bits, symmetric=False)
-        inputs = example_inputs(model) if example is None else _example(example)
+        for name, module in model.named_modules():
+            if isinstance(module, Attention):
+                check_processor(name, module)
+        inputs = example_inputs(model) if example is None else as_example(example)
         settings = SolverSettings(menu, act_symmetric, softmax_bits, split_shortcuts, dict(pin or {}))
         solver = cls(model, settings, trace(model, *inputs))
         if solver.unused:
@@ -152,6 +156,7 @@ class PrecisionSolver:
         batch_size: int = 32,
         prefix: Literal["same", "mixed"] = "same",
         act_range: RangeMethod | None = None,
+        mixture: Bits | None = None,
         seed: int = 0,
         progress: Callable[[str], None] | None = None,
         resume: Path | None = None,
@@ -167,6 +172,8 @@ class PrecisionSolver:
             prefix: where the inputs of a unit come from while its rounding is learned: earlier units at the "same"
                 bits, or "mixed" ones drawn at random.
             act_range: "max", "mse" or "running" ranges of activations; None: "mse" for that method, else "max".
+            mixture: learn for these bits alone, as one would calibrate a single network, instead of the whole menu in
+                turn; all other bits keep their starting values.
             progress: gets a line now and then.
             resume: a folder that keeps finished units; the same call with it goes on where another one ended.
 
@@ -183,13 +190,15 @@ class PrecisionSolver:
             if not isinstance(value, int) or value < 0:
                 raise InputError(name, found=value, expected="a whole number of at least 0")
         data.validate(self.network, batch_size=batch_size)
+        if mixture is not None:
+            self.complete(mixture)
         say = progress or (lambda text: None)
         modes = {module: module.training for module in self.network.modules()}
         self.network.eval()
         self._unset()
         try:
             inputs = self._inputs(data)
-            widths = self._widths()
+            widths = self.widths()
             for name, layer in self.layers.items():
                 for bits in widths[name, "w"]:
                     layer.round_to_nearest(bits, "mse" if method == "mse" else "max")
@@ -199,9 +208,11 @@ class PrecisionSolver:
                 symmetric=self.settings.act_symmetric, method=act_range or ("mse" if method == "mse" else "max"),
             )  # fmt: skip
             if method == "adaround":
-                settings = Settings(weight_iters, act_iters, batch_size, prefix, seed, say, resume)
+                settings = Settings(weight_iters, act_iters, batch_size, prefix, seed, say, resume, self.softmax_bits == "search")
                 fitter = Fitter(self.network, self.units, inputs, settings)
                 assignments = {f"{bits} bits": self._complete(self.uniform(bits)) for bits in self.bits}
+                if mixture is not None:
+                    assignments = {"mixture": self._complete(mixture)}
                 fitter.weights(assignments)
                 fitter.steps(assignments)
         finally:
@@ -224,6 +235,7 @@ class PrecisionSolver:
             InputError: unknown operation or gene, bits that are not on the menu, other bits for a pinned gene, or
                 the solver is not calibrated.
         """
+        self._ready()
         self._check(bits)
         if self._current is None:
             self._switch(self._complete(self.uniform(self.bits[0])))
@@ -272,6 +284,7 @@ class PrecisionSolver:
         """
         from tmpqdm.applied import at_bits, by_timestep
 
+        self._ready()
         per_step = getattr(plan, "per_step_bits", None)
         if per_step:
             return by_timestep(self, list(plan.timesteps), list(per_step))
@@ -292,6 +305,7 @@ class PrecisionSolver:
 
     def errors(self, data: CalibrationSet, bits: Bits, *, batch_size: int = 32) -> dict[str, float]:
         """Relative squared error of every unit's output at `bits`, everything before it quantised as well."""
+        self._ready()
         complete = self.complete(bits)
         before, modes = self._current, {module: module.training for module in self.network.modules()}
         self.network.eval()
@@ -304,11 +318,18 @@ class PrecisionSolver:
             if before is not None:
                 self._switch(before)
 
+    def widths(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(operation, gene) -> the bits it has quantisers for."""
+        widths = {
+            (op.name, gene): (op.pinned[gene],) if gene in op.pinned else self.bits for op in self.ops for gene in op.genes
+        }
+        if isinstance(self.softmax_bits, int):
+            widths |= {(name, "p"): (self.softmax_bits,) for name in self.attentions}
+        return widths
+
     def save(self, path: Path) -> None:
         """Writes all quantisers, without the weights; see `solverfile`."""
-        from tmpqdm.solverfile import save
-
-        save(self, Path(path))
+        solverfile.save(self, Path(path))
 
     @classmethod
     def load(cls, path: Path, model: nn.Module, *, example: Any = None) -> "PrecisionSolver":
@@ -317,9 +338,7 @@ class PrecisionSolver:
         Raises:
             InputError: the file is damaged or belongs to another model; names the first things that differ.
         """
-        from tmpqdm.solverfile import load
-
-        return load(cls, Path(path), model, example)
+        return solverfile.load(cls, Path(path), model, example)
 
     # ---- inside
 
@@ -365,17 +384,11 @@ class PrecisionSolver:
                 parent, _, leaf = alias.rpartition(".")
                 setattr(self.network.get_submodule(parent), leaf, layer)
 
-    def _widths(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        widths = {
-            (op.name, gene): (op.pinned[gene],) if gene in op.pinned else self.bits for op in self.ops for gene in op.genes
-        }
-        if isinstance(self.softmax_bits, int):
-            widths |= {(name, "p"): (self.softmax_bits,) for name in self.attentions}
-        return widths
-
-    def _check(self, bits: Bits) -> None:
+    def _ready(self) -> None:
         if not self.calibrated:
             raise InputError("solver", found="not calibrated", expected="calibrate() or load() first")
+
+    def _check(self, bits: Bits) -> None:
         for name, genes in bits.items():
             pinned = self._pinned.get(name)
             if pinned is None:
@@ -422,7 +435,7 @@ class PrecisionSolver:
                 predict(self.network, x[rows], t[rows], {name: value[rows] for name, value in cond.items()})
 
 
-def _example(example: Any) -> tuple[Any, Any, dict[str, Any]]:
+def as_example(example: Any) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(example, CalibrationSet):
         return example.x[:1], example.t[:1], {name: value[:1] for name, value in example.cond.items()}
     x, t, *rest = example
