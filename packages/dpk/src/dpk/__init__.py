@@ -17,13 +17,13 @@ _WHERE = {
     "FitNet": "dpk.methods",
     "KD": "dpk.methods",
     "Method": "dpk.method",
-    "MinibatchCKA": "dpk.cka",
+    "MinibatchCKA": "dpk.alignment",
     "Pair": "dpk.method",
     "ReviewKD": "dpk.methods",
-    "cka": "dpk.cka",
-    "evaluate": "dpk.train",
+    "cka": "dpk.alignment",
+    "evaluate": "dpk.training",
     "prior_mask": "dpk.prior",
-    "train": "dpk.train",
+    "train": "dpk.training",
 }
 
 __all__ = [
@@ -45,13 +45,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dpk.cka import MinibatchCKA, cka
+    from dpk.alignment import MinibatchCKA, cka
     from dpk.distiller import Distiller
     from dpk.dpk_method import DPK
     from dpk.method import CrossEntropy, Method, Pair
     from dpk.methods import DKD, KD, AttentionTransfer, FitNet, ReviewKD
     from dpk.prior import prior_mask
-    from dpk.train import evaluate, train
+    from dpk.training import evaluate, train
 
 
 def __getattr__(name: str) -> object:

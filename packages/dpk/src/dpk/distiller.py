@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from papercore.errors import InputError
 from torch import Tensor, nn
 
-from dpk.method import Method, Outputs
+from dpk.method import Method, Outputs, Pair
 from dpk.taps import Taps, auto_pairs, single, unwrap
 
 
@@ -63,12 +63,13 @@ class Distiller(nn.Module):
         self.student, self.method, self.select, self.seed = single(student, "student"), method, select, seed
         self._teacher = () if teacher is None else (single(teacher, "teacher"),)  # a tuple: not a part of this module
         self._generator: torch.Generator | None = None
-        self.pairs = []
+        self.pairs: list[Pair] = []
+        """the taps that are compared, from shallow to deep"""
         if method.needs_features:
             assert teacher is not None
             given = method.pairs
-            chosen = auto_pairs(student, teacher, example_input, method.stages) if given == "auto" else given
-            self.pairs = list(chosen)  # pyright: ignore[reportAttributeAccessIssue] - Pair by now
+            found = auto_pairs(student, teacher, example_input, method.stages) if isinstance(given, str) else given
+            self.pairs = list(found)
         self.taps = [
             Taps(
                 network,

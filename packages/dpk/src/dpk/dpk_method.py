@@ -38,7 +38,7 @@ class DPK(Method):
         target_norm: "none"; "layernorm": over the channels of every pixel; "batch": by channel over the batch. The
             normalised map is what the student is given and what it is compared with.
         weight: of the feature losses, one for all or one for each stage.
-        logit: a loss on the logits besides: "kd" or "dkd", with `logit_weight`, `temperature` and DKD's `alpha`, `beta`.
+        logit: a loss on the logits besides, "kd" or "dkd", with `logit_weight`, `temperature`, and DKD's `alpha`, `beta`.
         warmup: epochs over which the weight of the feature losses grows.
     """
 
@@ -95,7 +95,8 @@ class DPK(Method):
         self.rho_min, self.rho_max, self.momentum, self.per_image = rho_min, rho_max, momentum, per_image
         self.samples: Samples = samples
         self.strategy: Strategy = mask
-        self.target_norm, self.weight = target_norm, weight
+        self.target_norm: Norm = target_norm
+        self.weight = weight
         self.logit, self.logit_weight, self.temperature, self.alpha, self.beta = (
             logit,
             logit_weight,

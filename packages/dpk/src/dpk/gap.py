@@ -9,7 +9,7 @@ from jaxtyping import Float
 from papercore.errors import WorkError
 from torch import Tensor, nn
 
-from dpk.cka import LEAST, gram, grams, ratio_of_sums, stacked_hsics, token_samples
+from dpk.alignment import LEAST, gram, grams, ratio_of_sums, stacked_hsics, token_samples
 from dpk.integrator import fit
 from dpk.prior import smooth
 

@@ -34,13 +34,13 @@ class Pair:
         if isinstance(given, str):
             return cls(given, given)
         try:
-            return cls(**given) if isinstance(given, Mapping) else cls(*given)
-        except TypeError as error:
+            return cls(**given) if isinstance(given, Mapping) else cls(given[0], given[1], *given[2:])
+        except (TypeError, IndexError) as error:
             fields = ", ".join(field.name for field in dataclasses.fields(cls))
             raise InputError("pair", found=given, expected=f"a name, two names, or {fields}") from error
 
 
-PairLike = Pair | str | Sequence[str] | Mapping[str, Any]
+PairLike = Pair | str | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +99,14 @@ class Method(nn.Module):
         if pairs != "auto":
             if isinstance(pairs, str) or not len(pairs):
                 raise InputError("pairs", found=pairs, expected='"auto" or a list of at least one pair')
-            pairs = [Pair.of(pair) for pair in pairs]
         if stages != "all" and (not isinstance(stages, int) or stages < 1):
             raise InputError("stages", found=stages, expected='at least 1, or "all"')
         for name, value in (("ce_weight", ce_weight), ("warmup", warmup)):
             if not 0 <= value < float("inf"):
                 raise InputError(name, found=value, expected="a number of at least 0")
-        self.pairs, self.stages, self.preactivation = pairs, stages, preactivation
+        self.pairs = "auto" if pairs == "auto" else [Pair.of(pair) for pair in pairs]
+        self.stages: int | Literal["all"] = stages
+        self.preactivation = preactivation
         self.ce_weight, self.warmup = ce_weight, warmup
         self.warm = 1.0
         """factor of the warm-up; 1 until `epoch` is called"""

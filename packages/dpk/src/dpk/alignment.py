@@ -4,6 +4,8 @@ HSIC1 is the unbiased estimator of Song et al. 2012 (JMLR 13, section 3); poolin
 Raghu, Kornblith (ICLR 2021, section 3.1). Each feature matrix meets its Gram matrix once; the products of features
 are in their own precision (float32 at least), everything of size n x n in float64. Nothing waits for the device, and
 no gradient flows.
+
+(The module is not called `cka`: it would hide the function in the package.)
 """
 
 from collections.abc import Sequence
@@ -141,7 +143,7 @@ def token_samples(
     Both maps are averaged down to one grid of at most `side` x `side`; evenly spaced pixels are taken if these are
     more than `most`.
     """
-    grid = [min(side, *sizes) for sizes in zip(x.shape[-2:], y.shape[-2:], strict=True)]
+    grid = (min(side, x.shape[-2], y.shape[-2]), min(side, x.shape[-1], y.shape[-1]))
     samples: Sequence[Tensor] = [
         nn.functional.adaptive_avg_pool2d(of.float(), grid).permute(0, 2, 3, 1).flatten(0, 2) for of in (x, y)
     ]
