@@ -155,7 +155,7 @@ def execute(
             break
         states.append(state)
         if policy is not None:
-            run = run.decided(policy(len(states) - 1, state, run.decision))
+            run = run.decided(policy(len(states) - 1, state.detach(), run.decision))
     run = run._until(space.depth)
     counts = torch.stack(run.counts, 1) if run.counts else torch.zeros(len(images), 0, dtype=torch.long)
     logits = run.engine.head(run.flow, run.decision)

@@ -18,7 +18,7 @@ class Actor(nn.Module):
         self.fc_mu = nn.Linear(hidden, actions)
         orthogonal(self, last=self.fc_mu, gain=0.01)
 
-    def forward(self, state: Float[Tensor, "batch state"]) -> Float[Tensor, "batch actions"]:
+    def forward(self, state: Float[Tensor, "*batch state"]) -> Float[Tensor, "*batch actions"]:
         x = torch.relu(self.fc2(torch.relu(self.fc1(state))))
         return (torch.tanh(self.fc_mu(x)) + 1) / 2
 
@@ -32,8 +32,8 @@ class Critic(nn.Module):
         self.fc3 = nn.Linear(hidden, 1)
         orthogonal(self)
 
-    def forward(self, state: Float[Tensor, "batch state"]) -> Float[Tensor, " batch"]:
-        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(state)))))[:, 0]
+    def forward(self, state: Float[Tensor, "*batch state"]) -> Float[Tensor, " *batch"]:
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(state))))).squeeze(-1)
 
 
 def orthogonal(module: nn.Module, last: nn.Module | None = None, gain: float = 1.0) -> None:
@@ -78,13 +78,20 @@ class Selector(nn.Module):
         self.square: Tensor
         self.seen: Tensor
 
+    def forward(self, prepared: Float[Tensor, "batch length"]) -> tuple[Tensor, Tensor]:
+        """(mean of the action, value) for prepared states."""
+        return self.actor(prepared), self.critic(prepared)
+
     def observe(self, state: Float[Tensor, "batch tokens"]) -> None:
         """Takes states into the running mean and deviation."""
-        n = len(state)
-        rate = n / (self.seen + n)
-        self.mean.lerp_(state.mean(0).to(self.mean), float(rate))
-        self.square.lerp_(state.square().mean(0).to(self.square), float(rate))
-        self.seen += n
+        sums = torch.stack([state.sum(0), state.square().sum(0), torch.full_like(state[0], len(state))]).to(self.mean)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        count = sums[2, 0]
+        rate = count / (self.seen + count)
+        self.mean += rate * (sums[0] / count - self.mean)
+        self.square += rate * (sums[1] / count - self.square)
+        self.seen += count
 
     def prepared(
         self, state: Float[Tensor, "batch tokens"], budget: Float[Tensor, " batch"] | float | None = None

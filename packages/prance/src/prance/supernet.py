@@ -15,7 +15,7 @@ from prance.decision import Decision
 from prance.space import SearchSpace
 
 if TYPE_CHECKING:
-    from prance.executor import Path
+    from prance.executor import Path, Policy
 
 Pool = Literal["token", "avg"]
 
@@ -153,6 +153,7 @@ class MetaViT(nn.Module):
         *,
         path: "Path | None" = None,
         mean: Literal["mean", "size_mean"] = "mean",
+        policy: "Policy | None" = None,
     ) -> Float[Tensor, "batch classes"]:
         """Logits.
 
@@ -162,6 +163,7 @@ class MetaViT(nn.Module):
                 and masks, with gradients, for any decisions; "packed" and "bucketed" compute only what is kept, for
                 any decisions. All give the same logits. None: sliced if the decisions are equal, else masked.
             mean: how merged tokens are averaged, see `merge_tokens`.
+            policy: decides the later groups on the way; its states carry no gradient.
 
         Raises:
             InputError: images of another size or number of channels, or another number of decisions.
@@ -172,7 +174,7 @@ class MetaViT(nn.Module):
         decision = decision.expand(len(images))
         if path is None:
             path = "sliced" if decision.uniform else "masked"
-        return execute(self, images, decision, path=path, mean=mean).logits
+        return execute(self, images, decision, path=path, mean=mean, policy=policy).logits
 
     def check_images(self, images: Tensor) -> None:
         """Raises InputError unless the images fit."""
