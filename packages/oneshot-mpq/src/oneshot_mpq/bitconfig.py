@@ -130,9 +130,7 @@ class BitConfig:
                 wrong.append(f"fixed layer {name} has other bits")
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise InputError(
-                "the bit configuration", found="; ".join(wrong[:3]) + more, expected=f"the layers of {net.name}"
-            )
+            raise InputError(f"the bit configuration does not fit {net.name}: {'; '.join(wrong[:3])}{more}")
 
     def diff(self, other: "BitConfig") -> list[tuple[str, str, str]]:
         """(layer, bits here, bits there) wherever the two differ; a layer that one of them lacks has "-"."""

@@ -96,11 +96,11 @@ def reproduce_small(request: Request) -> Mapping[str, Any]:
                 setting,
                 float_epochs=1,
                 epochs=2,
-                batch_size=64,
+                batch_size=20,
                 configurations=1,
-                limit=200,
+                limit=40,
                 finetuning=1,
-                recalibration=100,
+                recalibration=20,
             )
         result = reproduce.study(settings, setting, 1 if request.tiny else reproduce.SEEDS)
     return {

@@ -41,7 +41,14 @@ def train_remedies(
     for name, remedy in REMEDIES.items():
         config = project.train_config(**{**changes, **remedy})
         train_supernet(
-            project, config, out / name, device=device, resume=resume, watch=True, label=f"oneshot-mpq: {name}"
+            project,
+            config,
+            out / name,
+            device=device,
+            resume=resume,
+            watch=True,
+            float_out=out / "float",
+            label=f"oneshot-mpq: {name}",
         )
         found.append(read_inspected(out / name, name))
     return found

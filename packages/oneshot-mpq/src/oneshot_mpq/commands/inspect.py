@@ -30,6 +30,8 @@ class Inspect(cli.Command):
     """see train"""
     model: str | None = None
     """see train"""
+    float_epochs: int | None = None
+    """see train"""
     bits: str = "2,3,4,5,6"
     """candidates"""
     epochs: int | None = None
@@ -52,7 +54,14 @@ class Inspect(cli.Command):
             found = [read_inspected(folder) for folder in self.supernets]
         else:
             model = self.model or {"digits": "digits", "folder": "resnet18"}.get(self.dataset, "cifar-resnet20")
-            project = Project(model, self.dataset, self.data, bits=parse_bits(self.bits), seed=self.seed)
+            project = Project(
+                model,
+                self.dataset,
+                self.data,
+                bits=parse_bits(self.bits),
+                float_epochs=self.float_epochs,
+                seed=self.seed,
+            )
             changes = {} if self.epochs is None else {"epochs": self.epochs}
             found = train_remedies(project, self.out, device=self.device, resume=self.resume, **changes)
         comparison, *layers = write_inspection(found, self.out)
