@@ -39,6 +39,8 @@ class Settings:
     progress: Callable[[str], None]
     store: Path | None
     """folder for the results of finished units"""
+    rounding_rate: float
+    step_rate: float
     learn_softmax: bool
     """whether the softmax matrix's step is learned: not where it is one for all bits, or it would depend on the menu"""
 
@@ -133,7 +135,7 @@ class Fitter:
         batches = batches_of(
             call.batch, settings.batch_size, settings.weight_iters, self._generator("w", name, number)
         )
-        learn_rounding(parts, predict, targets, batches, settings.weight_iters)
+        learn_rounding(parts, predict, targets, batches, settings.weight_iters, rate=settings.rounding_rate)
         left = iter(parts)
         result = {}
         for (key, layer), (_, count) in zip(layers.items(), owners, strict=True):
@@ -192,7 +194,9 @@ class Fitter:
             batches = batches_of(
                 call.batch, settings.batch_size, settings.act_iters, self._generator("a", name, number)
             )
-            learn_steps(list(learned.values()), predict, targets, batches, settings.act_iters)
+            learn_steps(
+                list(learned.values()), predict, targets, batches, settings.act_iters, rate=settings.step_rate
+            )
             result = {key: step.delta.detach() for key, step in learned.items()}
             self._write("a", name, number, result)
         for key, step in learned.items():

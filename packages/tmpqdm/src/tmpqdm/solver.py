@@ -28,6 +28,7 @@ from tmpqdm.layers import LAYERS, QuantLayer
 from tmpqdm.models import check_model, example_inputs, predict
 from tmpqdm.quantisers import check_menu
 from tmpqdm.ranges import RangeMethod, fit_ranges
+from tmpqdm.reconstruction import ROUNDING_RATE, STEP_RATE
 from tmpqdm.tracing import Trace, trace
 from tmpqdm.units import Unit
 
@@ -156,6 +157,8 @@ class PrecisionSolver:
         batch_size: int = 32,
         prefix: Literal["same", "mixed"] = "same",
         act_range: RangeMethod | None = None,
+        rounding_rate: float = ROUNDING_RATE,
+        step_rate: float = STEP_RATE,
         mixture: Bits | None = None,
         seed: int = 0,
         progress: Callable[[str], None] | None = None,
@@ -172,6 +175,7 @@ class PrecisionSolver:
             prefix: where the inputs of a unit come from while its rounding is learned: earlier units at the "same"
                 bits, or "mixed" ones drawn at random.
             act_range: "max", "mse" or "running" ranges of activations; None: "mse" for that method, else "max".
+            rounding_rate, step_rate: Adam's; the defaults are made for thousands of iterations.
             mixture: learn for these bits alone, as one would calibrate a single network, instead of the whole menu in
                 turn; all other bits keep their starting values.
             progress: gets a line now and then.
@@ -208,7 +212,10 @@ class PrecisionSolver:
                 symmetric=self.settings.act_symmetric, method=act_range or ("mse" if method == "mse" else "max"),
             )  # fmt: skip
             if method == "adaround":
-                settings = Settings(weight_iters, act_iters, batch_size, prefix, seed, say, resume, self.softmax_bits == "search")
+                settings = Settings(
+                    weight_iters, act_iters, batch_size, prefix, seed, say, resume, rounding_rate, step_rate,
+                    learn_softmax=self.softmax_bits == "search",
+                )  # fmt: skip
                 fitter = Fitter(self.network, self.units, inputs, settings)
                 assignments = {f"{bits} bits": self._complete(self.uniform(bits)) for bits in self.bits}
                 if mixture is not None:
@@ -221,7 +228,7 @@ class PrecisionSolver:
                 module.training = training
         self.calibrated = {
             "method": method, "weight_iters": weight_iters, "act_iters": act_iters, "batch_size": batch_size,
-            "prefix": prefix, "act_range": act_range, "seed": seed, "samples": len(data.x),
+            "prefix": prefix, "rounding_rate": rounding_rate, "step_rate": step_rate, "act_range": act_range, "seed": seed, "samples": len(data.x),
         }  # fmt: skip
         self.set_uniform(self.bits[0])
 
