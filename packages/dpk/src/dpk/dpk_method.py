@@ -38,7 +38,8 @@ class DPK(Method):
         target_norm: "none"; "layernorm": over the channels of every pixel; "batch": by channel over the batch. The
             normalised map is what the student is given and what it is compared with.
         weight: of the feature losses, one for all or one for each stage.
-        logit: a loss on the logits besides, "kd" or "dkd", with `logit_weight`, `temperature`, and DKD's `alpha`, `beta`.
+        logit: a loss on the logits besides, "kd" or "dkd", with its `logit_weight` and `temperature`; `alpha` and
+            `beta` are DKD's.
         warmup: epochs over which the weight of the feature losses grows.
     """
 

@@ -96,9 +96,8 @@ class Method(nn.Module):
         warmup: int = 0,
     ) -> None:
         super().__init__()
-        if pairs != "auto":
-            if isinstance(pairs, str) or not len(pairs):
-                raise InputError("pairs", found=pairs, expected='"auto" or a list of at least one pair')
+        if pairs != "auto" and (isinstance(pairs, str) or not len(pairs)):
+            raise InputError("pairs", found=pairs, expected='"auto" or a list of at least one pair')
         if stages != "all" and (not isinstance(stages, int) or stages < 1):
             raise InputError("stages", found=stages, expected='at least 1, or "all"')
         for name, value in (("ce_weight", ce_weight), ("warmup", warmup)):

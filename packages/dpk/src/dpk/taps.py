@@ -240,7 +240,7 @@ def describe(network: nn.Module, name: str, probe: Probe, grid: tuple[int, int] 
 
 def square(tokens: int, prefix: int | None) -> tuple[int, int] | None:
     """The grid of a square of tokens with `prefix` others before it; unknown: none or one."""
-    for extra in (0, 1) if prefix is None else (prefix, 0):
+    for extra in (0, 1) if prefix is None else (prefix,):
         side = math.isqrt(max(0, tokens - extra))
         if side and side * side == tokens - extra:
             return side, side
