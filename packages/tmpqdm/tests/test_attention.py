@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, AttnAddedKVProcessor
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor, AttnProcessor2_0
 from papercore.errors import InputError
 from tmpqdm.attention import QuantAttention, check_processor
 from tmpqdm.quantisers import Step, tensor_parameters

@@ -133,7 +133,10 @@ def good() -> dict:
         ({"x": torch.zeros(0, 1, 8, 8)}, "field x: found no samples"),
         ({"x": torch.zeros(4, 8, 8)}, "field x"),
         ({"x": torch.tensor([0.0, 1, float("nan"), float("inf")]).reshape(4, 1, 1, 1)}, "sample 2"),
-        ({"cond": {"c": torch.full((4, 2), float("nan"))}}, "field cond/c: found values that are not finite in sample 0"),
+        (
+            {"cond": {"c": torch.full((4, 2), float("nan"))}},
+            "field cond/c: found values that are not finite in sample 0",
+        ),
         ({"x": torch.zeros(4, 3, 8, 8)}, "3 channels, expected 1 of the model"),
         ({"t": torch.tensor([0, 1, 2, 1000])}, "field t: found 1000 in sample 3, expected timesteps in 0..999"),
         ({"t": torch.tensor([0, -1, 2, 3])}, "found -1 in sample 1"),

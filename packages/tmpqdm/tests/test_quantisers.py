@@ -129,7 +129,9 @@ def test_nothing_but_zeros(symmetric):
 def test_known_ranges_give_the_same_as_the_values():
     x = torch.randn(100)
     for symmetric in (True, False):
-        assert range_parameters(x.min(), x.max(), 6, symmetric=symmetric) == tensor_parameters(x, 6, symmetric=symmetric)
+        assert range_parameters(x.min(), x.max(), 6, symmetric=symmetric) == tensor_parameters(
+            x, 6, symmetric=symmetric
+        )
 
 
 def test_not_a_number_stays_visible():

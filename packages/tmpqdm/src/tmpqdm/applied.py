@@ -31,7 +31,9 @@ def by_timestep(solver: "PrecisionSolver", timesteps: Sequence[int], bits: "Sequ
             or for several in one call.
     """
     if len(bits) != len(timesteps):
-        raise InputError("per_step_bits", found=f"{len(bits)} mappings", expected=f"one for each of {len(timesteps)} steps")
+        raise InputError(
+            "per_step_bits", found=f"{len(bits)} mappings", expected=f"one for each of {len(timesteps)} steps"
+        )
     table = {int(t): solver.complete(step) for t, step in zip(timesteps, bits, strict=True)}
     made = _copy(solver, list(table.values()))
     state: dict[str, int] = {}

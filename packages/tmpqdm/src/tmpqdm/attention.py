@@ -79,8 +79,8 @@ class QuantAttention(nn.Module):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, tokens = source.shape[:2]
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+            mask: Tensor = attn.prepare_attention_mask(attention_mask, tokens, batch)
+            attention_mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if encoder_hidden_states is None:
@@ -107,9 +107,7 @@ class QuantAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T scale + mask) v with the quantisers in place; [batch, heads, tokens, head size]."""
         acts = self.acts
-        q, k, v = (
-            x if act is None else act(x) for x, act in ((q, acts["q"]), (k, acts["k"]), (v, acts["v"]))
-        )
+        q, k, v = (x if act is None else act(x) for x, act in ((q, acts["q"]), (k, acts["k"]), (v, acts["v"])))
         if not self.softmax:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         scores = (q @ k.transpose(-1, -2)) * scale
@@ -130,5 +128,3 @@ def check_processor(name: str, attention: nn.Module) -> None:
         )  # fmt: skip
     if getattr(attention, "added_kv_proj_dim", None) is not None:
         raise InputError(f"attention {name}", found="added key and value projections", expected="none")
-
-

@@ -54,7 +54,8 @@ class CalibrationSet:
         with atomic(path) as temporary:
             if path.suffix == ".npz":
                 with temporary.open("wb") as file:
-                    np.savez(file, **{name: value.numpy() for name, value in tensors.items()})
+                    arrays: Any = {name: value.numpy() for name, value in tensors.items()}
+                    np.savez(file, **arrays)
             else:
                 save_file(tensors, temporary)
 
@@ -96,8 +97,12 @@ class CalibrationSet:
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever it likes
-            raise InputError("calibration data", where=path, found=str(error).splitlines()[0],
-                             expected="a dictionary of tensors that loads with weights_only=True") from error  # fmt: skip
+            raise InputError(
+                "calibration data",
+                where=path,
+                found=str(error).splitlines()[0],
+                expected="a dictionary of tensors that loads with weights_only=True",
+            ) from error
         if not isinstance(data, dict) or not {"xs", "ts"} <= set(data):
             found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
             raise InputError("calibration data", where=path, found=found, expected="xs and ts")
@@ -138,8 +143,8 @@ class CalibrationSet:
             if value.is_floating_point():
                 finite = torch.isfinite(value).reshape(n, -1).all(1)
                 if not finite.all():
-                    raise InputError(f"field {name}", where=where, expected="numbers",
-                                     found=f"values that are not finite in sample {int((~finite).nonzero()[0])}")  # fmt: skip
+                    found = f"values that are not finite in sample {int((~finite).nonzero()[0])}"
+                    raise InputError(f"field {name}", where=where, found=found, expected="numbers")
         wrong = (self.t < 0) | (self.t >= train_steps)
         if wrong.any():
             i = int(wrong.nonzero()[0])
@@ -147,7 +152,9 @@ class CalibrationSet:
                              expected=f"timesteps in 0..{train_steps - 1}")  # fmt: skip
         channels = getattr(getattr(model, "config", None), "in_channels", None)
         if channels is not None and self.x.shape[1] != channels:
-            raise InputError("field x", where=where, found=f"{self.x.shape[1]} channels", expected=f"{channels} of the model")
+            raise InputError(
+                "field x", where=where, found=f"{self.x.shape[1]} channels", expected=f"{channels} of the model"
+            )
         if n < batch_size:
             raise InputError("field x", where=where, found=f"{n} samples", expected=f"at least a batch of {batch_size}")
 
@@ -211,8 +218,8 @@ def collect_calibration(
     alphas = scheduler.alphas_cumprod.double().cpu()
     total = len(alphas)
     parameter = next(model.parameters())
-    conditions = {name: value for name, value in (cond or {}).items()}
-    empty = {name: value for name, value in (uncond or {}).items()}
+    conditions = dict(cond or {})
+    empty = dict(uncond or {})
     if labels is not None:
         given = torch.as_tensor(labels, dtype=torch.long).reshape(-1)
         conditions["class_labels"] = given.repeat(-(-samples // len(given)))[:samples]
@@ -276,7 +283,9 @@ def as_noise(output: Tensor, x: Tensor, alpha: float, prediction: str) -> Tensor
     if output.shape[1] == 2 * channels:
         output = output[:, :channels]
     elif output.shape[1] != channels:
-        raise InputError("output of the model", found=f"{output.shape[1]} channels", expected=f"{channels} or twice as many")
+        raise InputError(
+            "output of the model", found=f"{output.shape[1]} channels", expected=f"{channels} or twice as many"
+        )
     if prediction == "epsilon":
         return output
     if prediction == "v_prediction":
@@ -317,7 +326,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as archive:
                 return {name: torch.from_numpy(np.asarray(archive[name])) for name in archive.files}
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError("calibration set", where=path, found=str(error), expected="an .npz file of arrays") from error
+            raise InputError(
+                "calibration set", where=path, found=str(error), expected="an .npz file of arrays"
+            ) from error
     from papercore.weights import read_tensors
 
     return read_tensors(path)

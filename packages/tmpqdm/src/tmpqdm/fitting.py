@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tmpqdm.layers import WeightHalf
 from tmpqdm.models import Conditions
-from tmpqdm.quantisers import LearnedStep, SplitStep, Step
+from tmpqdm.quantisers import LearnedStep, SplitStep
 from tmpqdm.reconstruction import batches_of, learn_rounding, learn_steps
 from tmpqdm.rounding import SoftRounding, pack_flags
 from tmpqdm.units import Call, Forward, Unit, in_batches, walk
@@ -99,9 +99,7 @@ class Fitter:
     def _unit_weights(
         self, number: int, unit: Unit, forward: Forward, call: Call, targets: Tensor, name: str, bits: Assignment
     ) -> None:
-        layers = {
-            key: layer for key, layer in unit.layers.items() if (key, "w", bits[key]["w"]) not in self.learned
-        }
+        layers = {key: layer for key, layer in unit.layers.items() if (key, "w", bits[key]["w"]) not in self.learned}
         self.learned |= {(key, "w", bits[key]["w"]) for key in layers}
         if not layers or not self.settings.weight_iters:
             return
@@ -113,7 +111,9 @@ class Fitter:
             halves = layer.halves[width]
             if stored is not None:
                 flags = [stored[f"{key}/{i}"] for i in range(len(halves))]
-                layer.set_halves(width, tuple(WeightHalf(h.delta, h.zero, up) for h, up in zip(halves, flags, strict=True)))
+                layer.set_halves(
+                    width, tuple(WeightHalf(h.delta, h.zero, up) for h, up in zip(halves, flags, strict=True))
+                )
                 continue
             owners.append((layer, len(halves)))
             for half, weight in zip(halves, layer.weights(), strict=True):
@@ -132,9 +132,7 @@ class Fitter:
             return forward(*args, **kwargs)
 
         settings = self.settings
-        batches = batches_of(
-            call.batch, settings.batch_size, settings.weight_iters, self._generator("w", name, number)
-        )
+        batches = batches_of(call.batch, settings.batch_size, settings.weight_iters, self._generator("w", name, number))
         learn_rounding(parts, predict, targets, batches, settings.weight_iters, rate=settings.rounding_rate)
         left = iter(parts)
         result = {}
@@ -194,14 +192,12 @@ class Fitter:
             batches = batches_of(
                 call.batch, settings.batch_size, settings.act_iters, self._generator("a", name, number)
             )
-            learn_steps(
-                list(learned.values()), predict, targets, batches, settings.act_iters, rate=settings.step_rate
-            )
+            learn_steps(list(learned.values()), predict, targets, batches, settings.act_iters, rate=settings.step_rate)
             result = {key: step.delta.detach() for key, step in learned.items()}
             self._write("a", name, number, result)
-        for key, step in learned.items():
-            delta = step.delta.detach() if stored is None else stored[key].to(step.delta.device)
-            learned[key].delta = delta.clone()
+        if stored is not None:
+            for key, one in learned.items():
+                one.delta = stored[key].to(one.delta.device)
         for key, layer in unit.layers.items():
             if f"{key}/a/0" in learned:
                 halves = range(1 if layer.split is None else 2)
@@ -209,7 +205,7 @@ class Fitter:
         for key, attention in unit.attentions.items():
             for gene in attention.genes:
                 if f"{key}/{gene}/0" in learned:
-                    step: Step = learned[f"{key}/{gene}/0"].result()
+                    step = learned[f"{key}/{gene}/0"].result()
                     attention.steps[gene][step.bits] = step
 
     def _generator(self, phase: str, name: str, number: int) -> torch.Generator:

@@ -22,12 +22,12 @@ def _kernel(x_ptr, y_ptr, delta_ptr, low_ptr, high_ptr, count, block: tl.constex
 
 
 def fake_quantise(x: Tensor, delta: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """clip(round(x / delta), low, high) delta of a tensor of any shape and layout; the parameters stay on the device."""
+    """clip(round(x / delta), low, high) delta of a tensor of any shape and layout; parameters stay on the device."""
     y = torch.empty_like(x)  # keeps the layout where that is dense
     if y.stride() != x.stride():
         x = x.contiguous()
         y = torch.empty_like(x)
     count = x.numel()
     if count:
-        _kernel[(triton.cdiv(count, BLOCK),)](x, y, delta, low, high, count, block=BLOCK)
+        _kernel[(triton.cdiv(count, BLOCK),)](x, y, delta, low, high, count, block=BLOCK)  # pyright: ignore[reportArgumentType]
     return y

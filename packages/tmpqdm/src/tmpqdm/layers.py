@@ -127,9 +127,9 @@ class QuantLayer(nn.Module):
         import copy
 
         made = QuantLayer(copy.deepcopy(self.layer, memo), self.split)
-        made.halves, made.dense, made.steps = (
-            copy.deepcopy(store, memo) for store in (self.halves, self.dense, self.steps)
-        )
+        made.halves = copy.deepcopy(self.halves, memo)
+        made.dense = copy.deepcopy(self.dense, memo)
+        made.steps = copy.deepcopy(self.steps, memo)
         made.use(**self.bits)
         made.training = self.training
         return made

@@ -47,7 +47,10 @@ def check_model(model: nn.Module) -> None:
             raise InputError(f"parameter {name}", found="on the meta device", expected="values")
         if parameter.dtype != torch.float32 and parameter.device.type == "cpu":
             raise InputError(
-                f"parameter {name}", found=f"{parameter.dtype} on the CPU", expected="float32", hint="call model.float()"
+                f"parameter {name}",
+                found=f"{parameter.dtype} on the CPU",
+                expected="float32",
+                hint="call model.float()",
             )
 
 
@@ -99,3 +102,9 @@ def example_inputs(model: nn.Module, batch: int = 1) -> tuple[Tensor, Tensor, di
             raise InputError("conditions of the model", found="more than one text embedding", hint="give an example")
         cond["encoder_hidden_states"] = random(batch, 4, config.cross_attention_dim)
     return random(batch, *shape), torch.full((batch,), 500, device=parameter.device), cond
+
+
+def as_example(example: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(x, t, cond) of one sample from (x, t), (x, t, cond) or a calibration set."""
+    x, t, *rest = (example.x, example.t, example.cond) if hasattr(example, "cond") else example
+    return x[:1], t[:1], {name: value[:1] for name, value in (rest[0] if rest else {}).items()}

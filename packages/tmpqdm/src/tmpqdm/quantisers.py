@@ -76,7 +76,7 @@ class Step:
     nothing: (clip(r + z, lo, hi) - z) d = clip(r, lo - z, hi - z) d, exactly, for whole numbers.
     """
 
-    __slots__ = ("bits", "delta", "high", "hi", "lo", "low", "symmetric", "zero")
+    __slots__ = ("bits", "delta", "hi", "high", "lo", "low", "symmetric", "zero")
 
     def __init__(self, delta: Tensor, zero: Tensor, bits: int, symmetric: bool) -> None:
         lo, hi = code_range(bits, symmetric)
@@ -169,5 +169,3 @@ def _on_device(x: Tensor, delta: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def _floor(bits: int, symmetric: bool) -> float:
     smallest, largest = code_range(bits, symmetric)
     return SMALLEST_STEP * (largest if symmetric else largest - smallest)
-
-

@@ -1,8 +1,8 @@
 """Learned rounding of weights (AdaRound, arXiv 2004.10568, as Q-Diffusion and TMPQ-DM use it).
 
-    h(a) = clip(sigmoid(a) (zeta - gamma) + gamma, 0, 1),  gamma = -0.1, zeta = 1.1
-    soft weight  d (clip(floor(w/d) + h(a) + z, 0, n-1) - z);  hard weight: [a >= 0] instead of h(a)
-    regulariser  0.01 sum(1 - |2 h(a) - 1|^beta), beta from 20 down to 2 after a fifth of the iterations
+h(a) = clip(sigmoid(a) (zeta - gamma) + gamma, 0, 1),  gamma = -0.1, zeta = 1.1
+soft weight  d (clip(floor(w/d) + h(a) + z, 0, n-1) - z);  hard weight: [a >= 0] instead of h(a)
+regulariser  0.01 sum(1 - |2 h(a) - 1|^beta), beta from 20 down to 2 after a fifth of the iterations
 """
 
 import numpy as np

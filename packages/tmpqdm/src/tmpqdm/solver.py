@@ -8,7 +8,6 @@ calibration, arXiv 2302.04304).
 import contextlib
 import copy
 import dataclasses
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from papercore.quant.affine import code_range
 from torch import nn
 
 from tmpqdm import solverfile
-from tmpqdm.attention import QKV, QuantAttention, check_processor
+from tmpqdm.attention import QuantAttention, check_processor
 from tmpqdm.calibration import CalibrationSet
 from tmpqdm.fitting import Assignment, Fitter, Settings, unit_errors
 from tmpqdm.layers import LAYERS, QuantLayer
-from tmpqdm.models import check_model, example_inputs, predict
+from tmpqdm.models import as_example, check_model, example_inputs, predict
+from tmpqdm.operations import Pins, operations
 from tmpqdm.quantisers import check_menu
 from tmpqdm.ranges import RangeMethod, fit_ranges
 from tmpqdm.reconstruction import ROUNDING_RATE, STEP_RATE
@@ -34,21 +34,6 @@ from tmpqdm.units import Unit
 
 Bits = Mapping[str, Mapping[str, int]]
 """operation -> gene -> bits, for example {"conv_in": {"w": 8, "a": 6}}"""
-
-Pins = Mapping[str, int | Mapping[str, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """One thing with bits of its own: a layer, or the two products of an attention."""
-
-    name: str
-    """module name in the user's model"""
-    kind: Literal["layer", "attention"]
-    genes: tuple[str, ...]
-    """all its tensors with bits, pinned ones too: ("w", "a"), or ("q", "k", "v") and "p" if softmax is searched"""
-    pinned: Mapping[str, int]
-    """genes whose bits are fixed (a part of `genes`); a search leaves them alone, a plan lists them"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +44,7 @@ class SolverSettings:
     act_symmetric: bool
     softmax_bits: int | Literal["search"] | None
     split_shortcuts: bool
-    pin: Mapping[str, int | Mapping[str, int]]
+    pin: Pins
 
 
 class PrecisionSolver:
@@ -98,7 +83,9 @@ class PrecisionSolver:
                 processor = QuantAttention(settings.softmax_bits is not None)
                 self.attentions[name] = processor
                 self.network.get_submodule(name).set_processor(processor)  # pyright: ignore[reportCallIssue]
-        self.ops = self._operations(named, traced)
+        self.ops = operations(
+            named, traced, tuple(self.layers), tuple(self.attentions), settings.softmax_bits == "search", settings.pin
+        )
         self.units = self._units(traced)
         self.model_hash = solverfile.model_hash(model)
         self._pinned = {op.name: dict(op.pinned) for op in self.ops}
@@ -228,7 +215,8 @@ class PrecisionSolver:
                 module.training = training
         self.calibrated = {
             "method": method, "weight_iters": weight_iters, "act_iters": act_iters, "batch_size": batch_size,
-            "prefix": prefix, "rounding_rate": rounding_rate, "step_rate": step_rate, "act_range": act_range, "seed": seed, "samples": len(data.x),
+            "prefix": prefix, "rounding_rate": rounding_rate, "step_rate": step_rate, "act_range": act_range,
+            "seed": seed, "samples": len(data.x),
         }  # fmt: skip
         self.set_uniform(self.bits[0])
 
@@ -328,7 +316,9 @@ class PrecisionSolver:
     def widths(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """(operation, gene) -> the bits it has quantisers for."""
         widths = {
-            (op.name, gene): (op.pinned[gene],) if gene in op.pinned else self.bits for op in self.ops for gene in op.genes
+            (op.name, gene): (op.pinned[gene],) if gene in op.pinned else self.bits
+            for op in self.ops
+            for gene in op.genes
         }
         if isinstance(self.softmax_bits, int):
             widths |= {(name, "p"): (self.softmax_bits,) for name in self.attentions}
@@ -348,30 +338,6 @@ class PrecisionSolver:
         return solverfile.load(cls, Path(path), model, example)
 
     # ---- inside
-
-    def _operations(self, named: Mapping[str, nn.Module], traced: Trace) -> tuple[Op, ...]:
-        ends = [name for name in traced.units if name in self.layers]
-        first, last = _ends(named, ends, traced)
-        pins: dict[str, dict[str, int]] = {}
-        kinds = {name: ("w", "a") for name in self.layers} | {
-            name: QKV + (("p",) if self.softmax_bits == "search" else ()) for name in self.attentions
-        }
-        for pattern, value in self.settings.pin.items():
-            names = {"first": [first], "last": [last]}.get(pattern) or fnmatch.filter(kinds, pattern)
-            if not names:
-                raise InputError(f"pin {pattern}", found="no operation of this name", expected="a pattern that fits one")
-            for name in names:
-                wanted = dict(value) if isinstance(value, Mapping) else dict.fromkeys(kinds[name], value)
-                for gene, bits in wanted.items():
-                    if gene not in kinds[name]:
-                        raise InputError(f"pin {pattern}", found=f"gene {gene}", expected=", ".join(kinds[name]))
-                    code_range(bits, symmetric=False)
-                pins.setdefault(name, {}).update(wanted)
-        return tuple(
-            Op(name, "layer" if name in self.layers else "attention", kinds[name], pins.get(name, {}))
-            for name in named
-            if name in kinds
-        )
 
     def _units(self, traced: Trace) -> tuple[Unit, ...]:
         units = []
@@ -399,7 +365,9 @@ class PrecisionSolver:
         for name, genes in bits.items():
             pinned = self._pinned.get(name)
             if pinned is None:
-                raise InputError(f"operation {name}", found="no operation of the model", expected=f"one of {len(self.ops)}")
+                raise InputError(
+                    f"operation {name}", found="no operation of the model", expected=f"one of {len(self.ops)}"
+                )
             part = self.layers.get(name) or self.attentions[name]
             for gene, width in genes.items():
                 if gene == "p" and name in self.attentions and width == self.softmax_bits:
@@ -407,14 +375,17 @@ class PrecisionSolver:
                 if gene not in part.bits or (gene == "p" and self.softmax_bits != "search"):
                     raise InputError(f"gene {gene} of {name}", found=width, expected=f"one of {', '.join(part.bits)}")
                 if gene in pinned and width != pinned[gene]:
-                    raise InputError(f"{gene} bits of {name}", found=width, expected=f"{pinned[gene]}, where they are pinned")
+                    raise InputError(
+                        f"{gene} bits of {name}", found=width, expected=f"{pinned[gene]}, where they are pinned"
+                    )
                 if gene not in pinned and width not in self.bits:
                     raise InputError(f"{gene} bits of {name}", found=width, expected=f"one of {list(self.bits)}")
 
     def _complete(self, bits: Bits) -> dict[str, dict[str, int]]:
         fixed = {"p": self.softmax_bits} if isinstance(self.softmax_bits, int) else {}
         return {
-            op.name: {**bits.get(op.name, {}), **op.pinned, **(fixed if op.kind == "attention" else {})} for op in self.ops
+            op.name: {**bits.get(op.name, {}), **op.pinned, **(fixed if op.kind == "attention" else {})}
+            for op in self.ops
         }
 
     def _switch(self, bits: Assignment) -> None:
@@ -440,17 +411,3 @@ class PrecisionSolver:
             rows = slice(begin, begin + batch_size)
             with torch.no_grad():
                 predict(self.network, x[rows], t[rows], {name: value[rows] for name, value in cond.items()})
-
-
-def as_example(example: Any) -> tuple[Any, Any, dict[str, Any]]:
-    if isinstance(example, CalibrationSet):
-        return example.x[:1], example.t[:1], {name: value[:1] for name, value in example.cond.items()}
-    x, t, *rest = example
-    return x, t, dict(rest[0]) if rest else {}
-
-
-def _ends(named: Mapping[str, nn.Module], order: Sequence[str], traced: Trace) -> tuple[str, str]:
-    """The layers that x enters and leaves by: time embeddings, called before them, see no picture."""
-    on_the_way = [name for name in order if "time" not in name and "class_embed" not in name]
-    names = on_the_way or list(order) or [name for name in named if traced.calls[name]]
-    return names[0], names[-1]

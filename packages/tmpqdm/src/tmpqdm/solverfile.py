@@ -10,20 +10,20 @@ rounding bits mean nothing for other weights. A file is checked whole before any
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from papercore.errors import InputError
 from papercore.rundir import atomic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tmpqdm.layers import LAYERS, WeightHalf
-from tmpqdm.models import check_model, example_inputs
+from tmpqdm.layers import LAYERS, QuantLayer, WeightHalf
+from tmpqdm.models import as_example, check_model, example_inputs
 from tmpqdm.quantisers import Step
 from tmpqdm.tracing import trace
 
@@ -67,7 +67,7 @@ def save(solver: "PrecisionSolver", path: Path) -> None:
         "split_shortcuts": settings.split_shortcuts,
         "pin": settings.pin,
         "splits": solver.splits,
-        "operations": {op.name: _shape(solver, op.name) for op in solver.ops},
+        "operations": {op.name: _shape(solver.layers.get(op.name)) for op in solver.ops},
         "model_hash": solver.model_hash,
         "calibrated": solver.calibrated,
     }
@@ -81,7 +81,7 @@ def save(solver: "PrecisionSolver", path: Path) -> None:
 
 def load(cls: "type[PrecisionSolver]", path: Path, model: nn.Module, example: Any) -> "PrecisionSolver":
     """See `PrecisionSolver.load`."""
-    from tmpqdm.solver import SolverSettings, as_example
+    from tmpqdm.solver import SolverSettings
 
     check_model(model)
     metadata, tensors = read(path)
@@ -94,10 +94,10 @@ def load(cls: "type[PrecisionSolver]", path: Path, model: nn.Module, example: An
         metadata["pin"],
     )
     traced = trace(model, *(example_inputs(model) if example is None else as_example(example)))
-    with warnings.catch_warnings():
-        solver = cls(model, settings, traced)
-    stored = metadata["operations"]
-    _compare(path, "operations", stored, {op.name: _shape(solver, op.name) for op in solver.ops})
+    called = {name: module for name, module in model.named_modules() if traced.calls[name]}
+    present = {name: _shape(module) for name, module in called.items() if isinstance(module, (*LAYERS, Attention))}
+    _compare(path, "operations", metadata["operations"], present)
+    solver = cls(model, settings, traced)
     _compare(path, "split points", metadata["splits"], solver.splits)
     if found_hash != model_s:
         raise InputError("model_hash", where=path, found=f"{found_hash[:12]}...",
@@ -182,8 +182,10 @@ def _steps(solver: "PrecisionSolver", name: str, gene: str, bits: int) -> tuple[
     return (solver.attentions[name].steps[gene][bits],)
 
 
-def _shape(solver: "PrecisionSolver", name: str) -> list[int] | str:
-    return list(solver.layers[name].weight.shape) if name in solver.layers else "attention"
+def _shape(module: nn.Module | None) -> list[int] | str:
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | QuantLayer):
+        return list(module.weight.shape)
+    return "attention"
 
 
 def _compare(path: Path, what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

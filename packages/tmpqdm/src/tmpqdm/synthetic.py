@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from tmpqdm.calibration import collect_calibration
@@ -59,9 +62,7 @@ def split_gain(skip_weight: float, bits: int = 6, seed: int = 0) -> float:
     """
     generator = torch.Generator().manual_seed(seed)
     halves, out = 64, 64
-    x = torch.cat(
-        [torch.rand(8, halves, 8, 8, generator=generator) * 2 * reach - reach for reach in (6.0, 0.3)], 1
-    )
+    x = torch.cat([torch.rand(8, halves, 8, 8, generator=generator) * 2 * reach - reach for reach in (6.0, 0.3)], 1)
     conv = nn.Conv2d(2 * halves, out, 1, bias=False)
     with torch.no_grad():
         weight = torch.randn(out, 2 * halves, 1, 1, generator=generator)

@@ -44,9 +44,7 @@ def trace(model: nn.Module, x: Tensor, t: Tensor, cond: Conditions) -> Trace:
         InputError: a decoder's shortcut whose input is not a concatenation of two tensors.
     """
     blocks = outermost_blocks(model)
-    block_of = {
-        name: block for block in blocks for name, _ in model.named_modules() if name.startswith(f"{block}.")
-    }
+    block_of = {name: block for block in blocks for name, _ in model.named_modules() if name.startswith(f"{block}.")}
     seen = _Seen()
     calls: Counter[str] = Counter()
     order: dict[str, None] = {}
@@ -65,9 +63,11 @@ def trace(model: nn.Module, x: Tensor, t: Tensor, cond: Conditions) -> Trace:
                     order[name] = None
                 elif block not in active:
                     outside.add(name)
-                if isinstance(module, nn.Conv2d) and args and (parts := seen.parts(args[0])) and len(parts) == 2:
-                    if module.kernel_size == (1, 1) or DECODER_SHORTCUT.search(name):
-                        splits[name] = parts[0]
+                shortcut = isinstance(module, nn.Conv2d) and (
+                    module.kernel_size == (1, 1) or DECODER_SHORTCUT.search(name)
+                )
+                if shortcut and args and (parts := seen.parts(args[0])) and len(parts) == 2:
+                    splits[name] = parts[0]
             elif name in blocks:
                 order[name] = None
 
