@@ -1,14 +1,14 @@
 """Knowledge review (Chen et al., arXiv 2104.09044): the student's levels are fused from deep to shallow."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpk.method import FeatureInfo, Method, Outputs
+from dpk.method import FeatureInfo, Method, Outputs, PairLike
 from dpk.methods.logits import check_positive
 
 
@@ -29,8 +29,7 @@ def hcl_level(
         if size >= student.shape[2]:
             continue
         weight /= 2
-        pooled = [F.adaptive_avg_pool2d(x, size) for x in (student, teacher)]
-        loss = loss + weight * F.mse_loss(*pooled)
+        loss = loss + weight * F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
         total += weight
     return loss / total
 
@@ -74,8 +73,19 @@ class ReviewKD(Method):
         pooled: take the pooled vectors as the deepest level, where both networks have one.
     """
 
-    def __init__(self, *, weight: float = 5.0, middle: int | None = None, pooled: bool = True, **options: Any) -> None:
-        super().__init__(**({"stages": "all", "warmup": 20} | options))
+    def __init__(
+        self,
+        *,
+        weight: float = 5.0,
+        middle: int | None = None,
+        pooled: bool = True,
+        pairs: Literal["auto"] | Sequence[PairLike] = "auto",
+        stages: int | Literal["all"] = "all",
+        preactivation: bool = True,
+        ce_weight: float = 1.0,
+        warmup: int = 20,
+    ) -> None:
+        super().__init__(pairs=pairs, stages=stages, preactivation=preactivation, ce_weight=ce_weight, warmup=warmup)
         check_positive(weight=weight)
         self.weight, self.middle, self.with_pooled = weight, middle, pooled
         self.has_pooled = False
