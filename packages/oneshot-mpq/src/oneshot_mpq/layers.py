@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from papercore.errors import InputError
-from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,12 +14,18 @@ from oneshot_mpq.batchnorm import BatchNormBank
 from oneshot_mpq.features import Features
 from oneshot_mpq.lsq import FLOAT, LSQ
 
-SUPPORTED = (nn.Conv2d, nn.Linear, Conv2dSame)
+def pads_itself(module: nn.Module) -> bool:
+    """Whether it is timm's Conv2dSame; timm is only loaded (which takes seconds) when the model came from there."""
+    if not type(module).__module__.startswith("timm."):
+        return False
+    from timm.layers.conv2d_same import Conv2dSame
+
+    return type(module).forward is Conv2dSame.forward
 
 
 def supported(module: nn.Module) -> bool:
     """Whether the layer's forward pass is one we know: a subclass that changes its weight first is not."""
-    return type(module).forward in {kind.forward for kind in SUPPORTED}
+    return type(module).forward in (nn.Conv2d.forward, nn.Linear.forward) or pads_itself(module)
 
 
 class QuantLayer(nn.Module):
@@ -55,7 +60,7 @@ class QuantLayer(nn.Module):
         self.weight_choices = weight_choices
         self.act_choices: tuple[int, ...] = act_choices or ()
         self.depthwise = depthwise
-        self.padded = isinstance(layer, Conv2dSame)
+        self.padded = pads_itself(layer)
         """whether it pads its input as TensorFlow does, depending on its size"""
         shape = copy.copy(layer)  # strides, padding and so on, without weights; no part of this module
         shape._parameters = dict.fromkeys(layer._parameters)
@@ -119,6 +124,8 @@ class QuantLayer(nn.Module):
         if self.kind == "linear":
             y = functional.linear(x, weight, self.bias)
         elif self.padded:
+            from timm.layers.conv2d_same import conv2d_same
+
             y = conv2d_same(x, weight, self.bias, shape.stride, shape.padding, shape.dilation, shape.groups)
         else:
             y = shape._conv_forward(x, weight, self.bias)
