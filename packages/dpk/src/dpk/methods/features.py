@@ -29,7 +29,7 @@ def at_loss(
 
 def at_pair(student: Tensor, teacher: Tensor, power: int = 2) -> Float[Tensor, ""]:
     """Of one pair, see `at_loss`."""
-    size = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     maps = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)]
     return (attention_map(maps[0], power) - attention_map(maps[1], power)).square().mean()
 
