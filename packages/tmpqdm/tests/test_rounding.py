@@ -9,6 +9,7 @@ import torch
 from tmpqdm.quantisers import LearnedStep, Step
 from tmpqdm.reconstruction import learn_rounding, learn_steps, reconstruction_loss
 from tmpqdm.rounding import (
+    JointRounding,
     SoftRounding,
     nearest_up,
     pack_flags,
@@ -137,6 +138,35 @@ def test_a_learned_step_never_reaches_zero():
     x = torch.full((4, 2), 1e-3)
     learn_steps([learned], lambda i: learned(x[i]), torch.zeros(4, 2), [torch.arange(4)] * 50, 50)
     assert float(learned.delta.detach()) == pytest.approx(0.25e-4)
+
+
+@pytest.mark.parametrize("beta", [None, 20.0, 3.5, 2.0])
+def test_joint_gradient_is_that_of_autograd(beta):
+    generator = torch.Generator().manual_seed(0)
+    parts, slow = [], []
+    for shape, bits in (((5, 3, 3, 3), 3), ((4, 6), 4)):
+        weight = torch.randn(shape, generator=generator)
+        delta = weight.abs().flatten(1).amax(1).reshape(-1, *[1] * (weight.ndim - 1)) / 2**bits  # some are clipped
+        zero = torch.full_like(delta, 2.0 ** (bits - 1))
+        for made in (parts, slow):
+            made.append(SoftRounding(weight, delta, zero, bits))
+        with torch.no_grad():
+            noise = 2 * torch.randn(shape, generator=generator)
+            parts[-1].alpha += noise
+            slow[-1].alpha += noise
+    factors = [torch.randn(part.alpha.shape, generator=generator) for part in parts]
+    joint = JointRounding(parts)
+    found = joint.weights()
+    gradient = joint.gradient(factors, beta, 0.01)
+    loss = torch.zeros(())
+    for part, factor, weight in zip(slow, factors, found, strict=True):
+        soft, h = part.soft()
+        torch.testing.assert_close(weight.detach(), soft.detach())
+        loss = loss + (soft * factor).sum() + (0 if beta is None else regulariser(h, beta))
+    expected = torch.autograd.grad(loss, [part.alpha for part in slow])
+    torch.testing.assert_close(gradient, torch.cat([g.reshape(-1) for g in expected]), rtol=1e-4, atol=1e-6)
+    joint.alpha.add_(1)
+    assert torch.equal(parts[1].alpha, slow[1].alpha.detach() + 1)
 
 
 def test_loss():

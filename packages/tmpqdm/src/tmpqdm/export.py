@@ -131,7 +131,7 @@ def load_exported(folder: Path, model: nn.Module | None = None) -> nn.Module:
             halves = []
             for end, weight in zip(ends, layer.weights(), strict=True):
                 halves.append(_half(take, name, end, weight, genes["w"]))
-            layer.dense[genes["w"]] = torch.cat(halves, 1).to(layer.weight.dtype).contiguous()
+            layer.set_dense(genes["w"], torch.cat(halves, 1))
             layer.set_steps(tuple(_step(take, f"{name}.a", end, genes["a"], symmetric) for end in ends))
             layer.use(w=genes["w"], a=genes["a"])
             parent, _, leaf = name.rpartition(".")

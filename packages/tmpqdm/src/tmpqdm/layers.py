@@ -109,7 +109,13 @@ class QuantLayer(nn.Module):
         """Takes calibrated weight quantisers and dequantises once."""
         self.halves[bits] = halves
         values = [half.values(weight, bits) for half, weight in zip(halves, self.weights(), strict=True)]
-        self.dense[bits] = torch.cat(values, 1).to(self.weight.dtype).contiguous()
+        self.set_dense(bits, torch.cat(values, 1))
+
+    def set_dense(self, bits: int, weight: Tensor) -> None:
+        """Takes a dequantised weight. A convolution's is kept channels-last: its outputs follow, and so does all that
+        comes after, which most convolution libraries are faster with."""
+        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        self.dense[bits] = weight.to(self.weight.dtype).contiguous(memory_format=layout)
 
     def codes(self, bits: int) -> tuple[Tensor, ...]:
         """The weight's whole numbers, one tensor a half, float32."""

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tmpqdm.quantisers import LearnedStep
-from tmpqdm.rounding import WEIGHT, SoftRounding, regulariser, temperature
+from tmpqdm.rounding import WEIGHT, JointRounding, SoftRounding, regulariser, temperature
 
 ROUNDING_RATE, STEP_RATE = 1e-3, 4e-4
 WEIGHT_POWER, STEP_POWER = 2.0, 2.4
@@ -48,20 +48,19 @@ def learn_rounding(
         batches: `iterations` lists of sample indices.
         observe: called after every update with (step from 1, loss).
     """
-    optimiser = torch.optim.Adam([part.alpha for part in parts], lr=rate)
+    joint = JointRounding(parts)
+    optimiser = torch.optim.Adam([joint.alpha], lr=rate)
     for step, index in zip(range(1, iterations + 1), batches, strict=False):
-        optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            soft = [part.soft() for part in parts]
-            loss = reconstruction_loss(predict([w for w, _ in soft], index), targets[index], WEIGHT_POWER)
-            beta = temperature(step, iterations)
-            if beta is not None:
-                for _, h in soft:
-                    loss = loss + regulariser(h, beta, weight)
-            loss.backward()
+            soft = joint.weights()
+            loss = reconstruction_loss(predict(soft, index), targets[index], WEIGHT_POWER)
+            gradients = torch.autograd.grad(loss, soft)
+        beta = temperature(step, iterations)
+        joint.alpha.grad = joint.gradient(gradients, beta, weight)
         optimiser.step()
         if observe is not None:
-            observe(step, float(loss.detach()))
+            total = loss.detach() + (0 if beta is None else regulariser(joint.h, beta, weight))
+            observe(step, float(total))
 
 
 def learn_steps(
@@ -75,22 +74,23 @@ def learn_steps(
     observe: Callable[[int, float], None] | None = None,
 ) -> None:
     """Optimises the step sizes in place; zero points stay."""
-    deltas = [step.delta for step in steps]
-    bounds = [(float(step.start.delta) / REACH, float(step.start.delta) * REACH) for step in steps]
-    optimiser = torch.optim.Adam(deltas, lr=rate)
+    start = torch.stack([step.start.delta for step in steps])
+    deltas, low, high = start.clone(), start / REACH, start * REACH
+    optimiser = torch.optim.Adam([deltas], lr=rate)
     for step, index in zip(range(iterations), batches, strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * step / iterations)) / 2
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / iterations)) / 2
+        for learned, delta in zip(steps, deltas.unbind(), strict=True):
+            learned.delta = delta.detach().requires_grad_()
         with torch.enable_grad():
             loss = reconstruction_loss(predict(index), targets[index], STEP_POWER)
-            loss.backward()
+            gradients = torch.autograd.grad(loss, [learned.delta for learned in steps], allow_unused=True)
+        deltas.grad = torch.stack([deltas.new_zeros(()) if g is None else g for g in gradients])
         optimiser.step()
-        with torch.no_grad():
-            for delta, (low, high) in zip(deltas, bounds, strict=True):
-                delta.clamp_(low, high)
+        torch.clamp(deltas, low, high, out=deltas)
         if observe is not None:
             observe(step + 1, float(loss.detach()))
+    for learned, delta in zip(steps, deltas.unbind(), strict=True):
+        learned.delta = delta.clone()
 
 
 def batches_of(samples: int, size: int, iterations: int, generator: torch.Generator) -> Iterable[Int[Tensor, " batch"]]:
