@@ -203,7 +203,7 @@ class DPK(Method):
         return functional.mse_loss(generated.float(), target.float())
 
     def logit_loss(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-        from dpk.losses import dkd_loss, kd_loss
+        from dpk.methods.logits import dkd_loss, kd_loss
 
         if self.logit == "kd":
             return kd_loss(student, teacher, self.temperature)

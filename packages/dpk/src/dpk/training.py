@@ -98,17 +98,21 @@ def train(
         "pairs": [dataclasses.asdict(pair) for pair in distiller.pairs],
         "distiller_seed": distiller.seed,
     }
-    result = training.train(
-        distiller,
-        dataset,
-        method,
-        config,
-        out,
-        device=device,
-        resume=resume,
-        label=label,
-        provenance=described | dict(provenance or {}),
-    )
+    try:
+        result = training.train(
+            distiller,
+            dataset,
+            method,
+            config,
+            out,
+            device=device,
+            resume=resume,
+            label=label,
+            provenance=described | dict(provenance or {}),
+        )
+    except WorkError:
+        distiller.method.check()  # says more than that the loss is not finite
+        raise
     distiller.method.check()
     student = unwrap(distiller.student).eval()
     last = evaluate(student, test, prepare=prepare, device=device) if test is not None and result.is_main else None
