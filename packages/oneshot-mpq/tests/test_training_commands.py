@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from .test_files import cifar_folder  # noqa: F401 - a fixture
 
-SMALL = ("--float-epochs", "1", "--epochs", "2", "--batch-size", "100", "--device", "cpu")
+SMALL = ("--float-epochs", "1", "--epochs", "2", "--batch-size", "40", "--checkpoint-every", "7", "--device", "cpu")
 
 
 def run(*arguments: object) -> int:
@@ -36,7 +36,10 @@ def run(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("commands") / "net"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes below
     assert run("train", "--out", out, *SMALL, "--watch") == 0
+    torch.set_num_threads(threads)
     return out
 
 
@@ -44,7 +47,7 @@ def test_train_writes_a_supernet_that_a_second_call_only_loads(trained, capsys):
     before = (trained / "supernet.safetensors").read_bytes()
     assert run("train", "--out", trained, *SMALL, "--watch", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["searchable layers"] == 6 and result["steps"] == 20
+    assert result["searchable layers"] == 6 and result["steps"] == 50
     assert [row["bits"] for row in result["uniform widths"]] == ["W2A2", "W3A3", "W4A4", "W5A5", "W6A6"]
     costs = [row["BitOps (G)"] for row in result["uniform widths"]]
     assert costs == sorted(costs)
@@ -112,11 +115,8 @@ def test_every_command_has_help(capsys):
     assert "reproduce" in capsys.readouterr().out
 
 
-LONG = ("--float-epochs", "1", "--epochs", "2", "--batch-size", "40", "--checkpoint-every", "7", "--log-every", "5")
-
-
 def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "oneshot_mpq.cli", "train", "--out", str(out), *LONG, "--device", "cpu", *more]
+    return [sys.executable, "-m", "oneshot_mpq.cli", "train", "--out", str(out), *SMALL, "--watch", *more]
 
 
 def environment() -> dict[str, str]:
@@ -124,11 +124,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_killed_at_a_random_step_and_started_again_it_gives_the_same_bits(tmp_path):
-    subprocess.run(command(tmp_path / "whole"), check=True, env=environment())
-    log = tmp_path / "cut" / "run" / "log.jsonl"
-    wait = random.SystemRandom().uniform(0, 0.3)
-    process = subprocess.Popen(command(tmp_path / "cut"), env=environment())
+def test_killed_at_a_random_step_and_started_again_it_gives_the_same_bits(trained, tmp_path):
+    log = tmp_path / "run" / "environment.json"
+    wait = random.SystemRandom().uniform(0, 0.5)
+    process = subprocess.Popen(command(tmp_path), env=environment())
     deadline = time.monotonic() + 120
     while not log.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -136,13 +135,13 @@ def test_killed_at_a_random_step_and_started_again_it_gives_the_same_bits(tmp_pa
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed: give it more steps"
-    subprocess.run(command(tmp_path / "cut"), check=True, env=environment())
-    whole, cut = (load_file(tmp_path / name / "supernet.safetensors") for name in ("whole", "cut"))
+    subprocess.run(command(tmp_path), check=True, env=environment())
+    whole, cut = (load_file(folder / "supernet.safetensors") for folder in (trained, tmp_path))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(value, cut[name]) for name, value in whole.items()), f"killed after {wait:.2f} s"
     lines, expected = (
-        [json.loads(line) for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()]
-        for name in ("cut", "whole")
+        [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, trained)
     )
     assert lines == expected
 
@@ -157,8 +156,9 @@ def test_two_processes_train_one_supernet(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # one of the two speaks
     lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5, 51, 5)) and result["steps"] == 50
-    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert [line["step"] for line in lines] == [25, 50] and result["steps"] == 50
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["accuracy W6A6"] > 15
     assert json.loads((out / "run" / "config.json").read_text())["processes"] == 2
     assert load_supernet(out).calibrated
 

@@ -94,6 +94,7 @@ def reproduce_small(request: Request) -> Mapping[str, Any]:
         if request.tiny:
             setting = dataclasses.replace(
                 setting,
+                model="cifar-resnet8",
                 float_epochs=1,
                 epochs=2,
                 batch_size=20,

@@ -14,6 +14,7 @@ from oneshot_mpq.batchnorm import BatchNormBank
 from oneshot_mpq.features import Features
 from oneshot_mpq.lsq import FLOAT, LSQ
 
+
 def pads_itself(module: nn.Module) -> bool:
     """Whether it is timm's Conv2dSame; timm is only loaded (which takes seconds) when the model came from there."""
     if not type(module).__module__.startswith("timm."):

@@ -6,7 +6,7 @@ from papercore.data.cifar_resnet import CifarResNet
 from papercore.errors import InputError
 from torch import Tensor, nn
 
-CIFAR = {f"cifar-resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+CIFAR = {f"cifar-resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110)}
 
 
 class DigitsNet(nn.Module):
@@ -31,7 +31,7 @@ def build_model(name: str, classes: int = 10, channels: int = 3) -> nn.Module:
     """An untrained model.
 
     Args:
-        name: "digits", "cifar-resnet20" (32, 44, 56, 110), or a model of timm.
+        name: "digits", "cifar-resnet20" (8, 32, 44, 56, 110), or a model of timm.
 
     Raises:
         InputError: no such name.

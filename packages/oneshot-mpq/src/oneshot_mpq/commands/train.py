@@ -28,7 +28,7 @@ class Train(cli.Command):
     data: Path | None = None
     """data folder; for CIFAR-10 it may hold trained ResNets"""
     model: str | None = None
-    """digits, cifar-resnet20 (32, 44, 56, 110) or a model of timm; none: the data set's (resnet18 for a folder)"""
+    """digits, cifar-resnet20 (8, 32, 44, 56, 110) or a model of timm; none: the data set's (resnet18 for a folder)"""
     weights: Path | None = None
     """safetensors file of the float model"""
     float_epochs: int | None = None
