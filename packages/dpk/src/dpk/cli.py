@@ -1,7 +1,25 @@
-"""The `dpk` command. It has no sub-command yet and says so."""
+"""The `dpk` command."""
 
-from papercore.cli import unfinished
+import sys
+
+from papercore import cli
+
+from dpk.commands.evaluate import Evaluate
+from dpk.commands.reproduce import Reproduce
+from dpk.commands.select_teacher import SelectTeacher
+from dpk.commands.train import Train
+
+COMMANDS: dict[str, type[cli.Command]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "select-teacher": SelectTeacher,
+    "reproduce": Reproduce,
+}
 
 
 def main() -> int:
-    return unfinished("dpk")
+    return cli.main("dpk", COMMANDS, "Distils networks with dynamic prior knowledge (DPK) and the usual methods.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

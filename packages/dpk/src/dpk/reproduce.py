@@ -19,7 +19,7 @@ from papercore.reproduce import Claim, Paper, Reproduction, Settings
 from papercore.weights import load_exactly, read_tensors
 from torch import nn
 
-from dpk.digits import SOLVER, digits_net, noisy_digits, train_teacher
+from dpk.digits import NOISE, SOLVER, digits_net, noisy_digits, train_teacher
 from dpk.distiller import Distiller
 from dpk.dpk_method import DPK
 from dpk.method import CrossEntropy, Method, Pair
@@ -88,7 +88,7 @@ ROWS: Mapping[str, tuple[str | None, Callable[[], Method]]] = {
 def run(settings: Settings) -> Reproduction:
     """The claims at the scale that is asked for."""
     if settings.scale == "small":
-        from dpk import small
+        import dpk.small as small
 
         return small.run(settings)
     if settings.scale == "full":
@@ -97,7 +97,7 @@ def run(settings: Settings) -> Reproduction:
 
 
 FULL = (
-    "the paper's own setting is CIFAR-100 with 240 epochs for eight pairs of networks, ImageNet with 100 epochs and COCO "
+    "the paper's setting is CIFAR-100 with 240 epochs for eight pairs of networks, ImageNet with 100 epochs and COCO "
     "with 180 000 iterations; dpk train --recipe runs the first, a pair and a seed at a time"
 )
 
@@ -126,9 +126,7 @@ def _run_tiny(settings: Settings) -> Reproduction:
             made[size, seed] = train_teacher(size, data, folder, seed, label=f"dpk: {size} teacher")
             teachers[size].append(evaluate(made[size, seed], data.test, device="cpu").top1)
         student = digits_net("student", seed)
-        distiller = Distiller(
-            student, made[size, seed] if size else None, method(), torch.zeros(2, 1, 8, 8), seed=seed
-        )
+        distiller = Distiller(student, made[size, seed] if size else None, method(), torch.zeros(2, 1, 8, 8), seed=seed)
         folder = settings.out / f"{name.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}"
         config = dataclasses.replace(SOLVER, seed=seed)
         result = train(distiller, data.student, config, folder, device="cpu", label=f"dpk: {name}")
@@ -146,7 +144,7 @@ def _run_tiny(settings: Settings) -> Reproduction:
         [rows_table(found)],
         [accuracy_picture(found)],
         text=(
-            f"Digits with noise of {0.25} of full scale, {len(plain)} seeds (weights, noise, split and order of images). "
+            f"Digits with noise of {NOISE} of full scale, {len(plain)} seeds (of weights, noise, split and order). "
             f"Teachers: small {mean_and_error(teachers['small'])}, large {mean_and_error(teachers['large'])} percent."
         ),
     )

@@ -1,0 +1,109 @@
+"""What several commands share: types of options, how their texts are read, networks and data from names."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from papercore.errors import InputError, located
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dpk.data import Pictures
+
+Device = Literal["auto", "cpu", "cuda"]
+Dataset = Literal["digits", "cifar10", "cifar100", "npz", "folder"]
+Positional = tyro.conf.Positional
+
+
+def say(text: str) -> None:
+    """A line for the user on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE texts, values as YAML reads them.
+
+    Raises:
+        InputError: no such text, or a name twice.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name or name in found:
+            raise InputError("--set", found=text, expected="NAME=VALUE, each name once")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError("--set", found=text, expected="NAME=VALUE") from error
+        if isinstance(found[name], str):
+            try:
+                found[name] = float(value)  # YAML 1.1 reads 1e-3 as a string
+            except ValueError:
+                continue
+    return found
+
+
+def parse_pairs(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """STUDENT=TEACHER or STUDENT=TEACHER@PATCH texts as fields of pairs; one name alone stands for both.
+
+    Raises:
+        InputError: another form.
+    """
+    pairs = []
+    for text in texts:
+        names, _, patch = text.partition("@")
+        student, _, teacher = names.partition("=")
+        if not student or (patch and not patch.isdigit()):
+            raise InputError("--pairs", found=text, expected="STUDENT=TEACHER or STUDENT=TEACHER@PATCH")
+        pairs.append({"student": student, "teacher": teacher or student, "patch": int(patch) if patch else None})
+    return pairs
+
+
+def make_network(name: str, classes: int, channels: int, seed: int, weights: Path | None = None) -> "nn.Module":
+    """A network by name, its first weights from the seed, or those of a file.
+
+    "digits-student", "digits-small" and "digits-large" are the small ones for one channel; the others see `networks`.
+    """
+    import torch
+    from papercore.weights import load_exactly, read_tensors
+
+    from dpk.digits import SIZES, digits_net
+    from dpk.networks import create_model
+
+    if name.startswith("digits-") and name[7:] in SIZES:
+        network: nn.Module = digits_net(name[7:], seed)
+        if (classes, channels) != (10, 1):
+            raise InputError("network", found=name, expected=f"one for {channels} channels and {classes} classes")
+    else:
+        if channels != 3:
+            raise InputError("network", found=name, expected=f"one for {channels} channels: digits-student, ...")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = create_model(name, classes)
+    if weights is not None:
+        with located(weights):
+            load_exactly(network, read_tensors(weights), weights)
+    return network
+
+
+def read_parts(dataset: Dataset, data: Path | None, size: int | None) -> "tuple[Pictures, Pictures]":
+    """Training and test pictures, of the same classes."""
+    from dpk.data import read
+
+    train, test = (read(dataset, data, part, size=size) for part in ("train", "test"))
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise InputError(
+            "size of the test pictures",
+            where=data,
+            found=tuple(test.images.shape[1:]),
+            expected=tuple(train.images.shape[1:]),
+        )
+    if dataset == "folder" and train.names != test.names:
+        raise InputError("classes of the test pictures", where=data, found=test.names, expected=train.names)
+    return train, test
