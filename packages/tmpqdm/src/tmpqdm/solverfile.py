@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tmpqdm.solver import PrecisionSolver
 
 FORMAT, VERSION = "tmpqdm-solver", 1
+KEY = "tmpqdm"
+"""of the metadata, as JSON"""
 SHOWN = 3
 """names in a message"""
 
@@ -75,7 +77,7 @@ def save(solver: "PrecisionSolver", path: Path) -> None:
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary,
-            {name: json.dumps(value) for name, value in metadata.items()},
+            {KEY: json.dumps(metadata)},  # one entry: the order of several would differ from file to file
         )
 
 
@@ -148,16 +150,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            stored = (file.metadata() or {}).get(KEY, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise InputError("solver", where=path, found=str(error), expected="a file of PrecisionSolver.save") from error
     try:
-        values = {name: json.loads(value) for name, value in metadata.items()}
+        values = json.loads(stored)
     except json.JSONDecodeError as error:
         raise InputError("metadata", where=path, found=str(error), expected="JSON") from error
-    if values.get("format") != FORMAT:
-        raise InputError("format", where=path, found=values.get("format", "nothing"), expected=FORMAT)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format", "nothing") if isinstance(values, dict) else type(values).__name__
+        raise InputError("format", where=path, found=found, expected=FORMAT)
     if values.get("version") != VERSION:
         raise InputError("version", where=path, found=values.get("version"), expected=VERSION)
     for name in ("bits", "act_symmetric", "softmax_bits", "split_shortcuts", "pin", "splits", "operations",
