@@ -4,6 +4,7 @@ import sys
 
 from papercore import cli
 
+from dpk.commands.comparing import CKA, Benchmark, Compare, ConvertConfig
 from dpk.commands.evaluate import Evaluate
 from dpk.commands.reproduce import Reproduce
 from dpk.commands.select_teacher import SelectTeacher
@@ -12,7 +13,11 @@ from dpk.commands.train import Train
 COMMANDS: dict[str, type[cli.Command]] = {
     "train": Train,
     "evaluate": Evaluate,
+    "compare": Compare,
     "select-teacher": SelectTeacher,
+    "cka": CKA,
+    "convert-config": ConvertConfig,
+    "benchmark": Benchmark,
     "reproduce": Reproduce,
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-from papercore.errors import InputError, located
+from papercore.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,30 +66,22 @@ def parse_pairs(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def make_network(name: str, classes: int, channels: int, seed: int, weights: Path | None = None) -> "nn.Module":
-    """A network by name, its first weights from the seed, or those of a file.
+    """A network for pictures of these channels, see `loading.load_network`.
 
-    "digits-student", "digits-small" and "digits-large" are the small ones for one channel; the others see `networks`.
+    Raises:
+        InputError: no such network, not one for these pictures, or weights that do not fit.
     """
-    import torch
-    from papercore.weights import load_exactly, read_tensors
+    from dpk.loading import load_network
 
-    from dpk.digits import SIZES, digits_net
-    from dpk.networks import create_model
-
-    if name.startswith("digits-") and name[7:] in SIZES:
-        network: nn.Module = digits_net(name[7:], seed)
-        if (classes, channels) != (10, 1):
-            raise InputError("network", found=name, expected=f"one for {channels} channels and {classes} classes")
-    else:
-        if channels != 3:
-            raise InputError("network", found=name, expected=f"one for {channels} channels: digits-student, ...")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = create_model(name, classes)
-    if weights is not None:
-        with located(weights):
-            load_exactly(network, read_tensors(weights), weights)
-    return network
+    digits = name.startswith("digits_")
+    if channels != (1 if digits else 3) or (digits and classes != 10):
+        raise InputError(
+            "network",
+            found=name,
+            expected=f"one for {channels} channels and {classes} classes",
+            hint="digits_student, digits_small and digits_large take one channel, all others three",
+        )
+    return load_network(name, classes, weights, seed)
 
 
 def read_parts(dataset: Dataset, data: Path | None, size: int | None) -> "tuple[Pictures, Pictures]":

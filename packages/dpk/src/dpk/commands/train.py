@@ -26,7 +26,7 @@ class Train(cli.Command):
     recipe: str = ""
     """file, or name of a recipe that comes with the package; options given besides it win"""
     student: str = ""
-    """network: resnet20, wrn_16_2, vgg8, timm:NAME, digits-student, ..."""
+    """network: resnet20, wrn_16_2, vgg8, timm:NAME, digits_student, ..."""
     teacher: str = ""
     """network; method ce needs none"""
     teacher_weights: Path | None = None
@@ -51,8 +51,8 @@ class Train(cli.Command):
     """of the first epoch"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """data type of the forward pass"""
-    seed: int | None = None
-    """of the student's first weights, the order of pictures, their augmentation and the masks"""
+    seed: int = 0
+    """of the student's first weights, the order of pictures, their augmentation and the masks; 0: the recipe's"""
     device: Device = "auto"
     """where to compute"""
     resume: bool = True
@@ -121,7 +121,7 @@ class Train(cli.Command):
         changes: dict[str, Any] = {}
         for name in ("student", "teacher", "teacher_weights", "method", "dataset", "seed"):
             value = getattr(self, name)
-            if value not in ("", None):
+            if value not in ("", None, 0):
                 changes[name] = value
         if self.set:
             changes["options"] = ({} if self.method else recipe.options) | parse_settings(self.set)
