@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from oneshot_mpq import BitConfig, recalibrate, search
+from oneshot_mpq import BitConfig, freeze, recalibrate, search
 from oneshot_mpq.search import METHODS
 from oneshot_mpq.search.problem import Problem
 from torch import nn
@@ -96,3 +96,17 @@ def test_recalibration_gives_the_means_over_the_images(net, images):
     assert torch.equal(bank.running_mean[0], other) and bank.momentum == 0.1
     with pytest.raises(ValueError, match="recalibration images"):
         recalibrate(net, [])
+
+
+def test_a_frozen_network_gives_what_the_supernet_gives(net, images):
+    net.eval()
+    for weight_bits, act_bits in (([3, 4, 2], [5, 3, 2]), ([6, 6, 6], [6, 6, 6])):
+        net.set_bits(BitConfig.of(net, weight_bits, act_bits))
+        recalibrate(net, DataLoader(TensorDataset(images, torch.zeros(16)), 8))
+        with torch.no_grad():
+            frozen, expected = freeze(net), net(images)
+            assert torch.equal(frozen(images), expected)
+        assert not any(p.requires_grad for p in frozen.parameters())
+        values = frozen.a[1].weight.unique()
+        assert len(values) <= 2 ** weight_bits[0]
+        assert type(frozen.abn) is nn.BatchNorm2d and type(frozen.a[1]) is nn.Conv2d

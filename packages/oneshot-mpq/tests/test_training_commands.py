@@ -103,6 +103,20 @@ def test_wrong_options_of_train_are_named(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_search_and_evaluate_agree_on_what_was_found(trained, tmp_path, capsys):
+    options = ("--method", "ilp", "--images", 40, "--device", "cpu", "--json")
+    assert run("search", trained, "--out", tmp_path, "--budget", 0.003, *options) == 0
+    (found,) = json.loads(capsys.readouterr().out)["found"]
+    assert found["BitOps (G)"] <= 0.003
+    path = tmp_path / found["file"]
+    assert run("evaluate", trained, "--configs", path, "--uniform", 4, "--device", "cpu", "--json") == 0
+    uniform, again = json.loads(capsys.readouterr().out)["measured"]
+    assert uniform["bits"] == "W4A4" and again["test top-1 (%)"] == found["test top-1 (%)"]
+    assert run("search", trained, "--out", tmp_path, "--budget", 1e-9, *options) == 2
+    assert "budget bitops_G: found 1e-09, expected 0.00" in capsys.readouterr().err
+    assert run("evaluate", trained, "--configs", tmp_path / "none.json") == 2
+
+
 def test_inspect_needs_a_watched_training(tmp_path, capsys):
     assert run("inspect", tmp_path, "--out", tmp_path / "report") == 2
     assert "supernet.json" in capsys.readouterr().err

@@ -4,12 +4,16 @@ import sys
 
 from papercore import cli
 
+from oneshot_mpq.commands.evaluate import Evaluate
 from oneshot_mpq.commands.inspect import Inspect
 from oneshot_mpq.commands.reproduce import Reproduce
+from oneshot_mpq.commands.search import Search
 from oneshot_mpq.commands.train import Train
 
 COMMANDS: dict[str, type[cli.Command]] = {
     "train": Train,
+    "search": Search,
+    "evaluate": Evaluate,
     "inspect": Inspect,
     "reproduce": Reproduce,
 }

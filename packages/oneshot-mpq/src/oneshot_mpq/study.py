@@ -10,7 +10,7 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from papercore.rundir import write_json
@@ -21,6 +21,8 @@ from oneshot_mpq.checkpoint import load_supernet
 from oneshot_mpq.data import Name, Splits
 from oneshot_mpq.finetune import finetune
 from oneshot_mpq.inspection import REMEDIES
+from oneshot_mpq.recalibrate import recalibrate
+from oneshot_mpq.search import search
 from oneshot_mpq.supernet import Supernet
 from oneshot_mpq.validation import accuracy
 from oneshot_mpq.workflow import Project, float_network, train_supernet
@@ -41,7 +43,7 @@ class Setting:
     """training images behind the batch-norm statistics"""
     search_images: int
     """images that the search measures on"""
-    method: str
+    method: Literal["greedy", "ilp", "evolution", "random"]
     """of the search"""
     finetuning: int
     """epochs"""
@@ -95,21 +97,11 @@ def under_budget(net: Supernet, budget: float, generator: torch.Generator) -> Bi
     return found
 
 
-class Measuring:
-    """A supernet's configurations on the test images, each with its own batch-norm statistics."""
-
-    def __init__(self, net: Supernet, splits: Splits, setting: Setting) -> None:
-        from oneshot_mpq.recalibrate import recalibrate
-
-        self.net, self.setting = net, setting
-        self.recalibrate: Callable[..., Any] = recalibrate
-        self.train = DataLoader(splits.plain, 500)
-        self.test = DataLoader(splits.test, 1000)
-
-    def __call__(self, config: BitConfig) -> float:
-        self.net.set_bits(config)
-        self.recalibrate(self.net, self.train, images=self.setting.recalibration)
-        return accuracy(self.net, self.test)
+def measure_config(net: Supernet, config: BitConfig, splits: Splits, images: int) -> float:
+    """Top-1 accuracy on the test images in percent, after the batch norms have seen training images."""
+    net.set_bits(config)
+    recalibrate(net, DataLoader(splits.plain, 500), images=images)
+    return accuracy(net, DataLoader(splits.test, 1000))
 
 
 def run_float(job: Job) -> float:
@@ -143,7 +135,10 @@ def run_supernet(job: Job) -> dict[str, Any]:
         label=f"oneshot-mpq: seed {seed}, {remedy}",
     )
     net = load_supernet(folder, device=pick(setting.device))
-    measure = Measuring(net, splits, setting)
+
+    def measure(config: BitConfig) -> float:
+        return measure_config(net, config, splits, setting.recalibration)
+
     uniform = {b: BitConfig.uniform(net, b, b) for b in (2, 3, 4, 6)}
     budget = uniform[3].bitops_G or 0.0
     generator = torch.Generator().manual_seed(seed)  # the same configurations for all remedies
@@ -156,15 +151,15 @@ def run_supernet(job: Job) -> dict[str, Any]:
     return result
 
 
-def _search(job: Job, net: Supernet, splits: Splits, measure: Measuring, budget: float) -> dict[str, Any]:
+def _search(
+    job: Job, net: Supernet, splits: Splits, measure: Callable[[BitConfig], float], budget: float
+) -> dict[str, Any]:
     """The best configuration found on the search images, on the test images; then fine-tuned alone."""
-    from oneshot_mpq.search import search
-
     setting, out, seed, remedy = job
     count = min(setting.search_images, len(splits.search))  # pyright: ignore[reportArgumentType]
     images = torch.utils.data.Subset(splits.search, range(count))
-    found: Any = search(net, DataLoader(images, 500), budget={"bitops_G": budget}, method=setting.method, seed=seed)
-    config: BitConfig = found.config
+    found = search(net, DataLoader(images, 500), {"bitops_G": budget}, setting.method, seed=seed)
+    config = found.config
     result: dict[str, Any] = {
         "budget": budget,
         "searched": measure(config),

@@ -9,7 +9,7 @@ import torch
 from papercore.errors import InputError
 from torch.utils.data import DataLoader
 
-from oneshot_mpq.checkpoint import save_supernet
+from oneshot_mpq.checkpoint import load_supernet, read_notes, save_supernet
 from oneshot_mpq.data import Name, Splits, load_splits
 from oneshot_mpq.fit import FitResult, TrainConfig, fit
 from oneshot_mpq.pretrain import RECIPES, starting_model, train_float
@@ -135,3 +135,21 @@ def train_supernet(
         notes = {**described, "seed": project.seed, "size": project.size, "limit": project.limit}
         save_supernet(net, out, architecture=architecture, notes=notes)
     return result, splits
+
+
+def open_project(folder: Path, data: Path | None = None, *, device: str = "auto") -> tuple[Supernet, Splits]:
+    """A supernet that `train_supernet` wrote, and the data that it was trained on.
+
+    Raises:
+        InputError: no such folder, or data that is missing.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", found="cuda", expected="a CUDA GPU in this machine")
+    notes = read_notes(folder)["notes"]
+    for key in ("dataset", "seed", "size", "limit"):
+        if key not in notes:
+            raise InputError(f"notes.{key}", where=folder, found="nothing", expected="a supernet that train wrote")
+    splits = load_splits(notes["dataset"], data, seed=notes["seed"], size=notes["size"], limit=notes["limit"])
+    return load_supernet(folder, device=device), splits
