@@ -60,7 +60,7 @@ def test_undefined_values_are_zero_and_nan_is_not_hidden():
     bad = features(0, 6, 4)
     bad[2, 1] = torch.nan
     assert torch.isnan(cka(bad, features(1, 6, 4)))
-    with pytest.raises(InputError, match="samples: found '?6 and 5"):
+    with pytest.raises(InputError, match=r"samples: found '?6 and 5"):
         cka(bad, features(0, 5, 4))
     with pytest.raises(InputError, match="at least one"):
         cka(bad[:0], bad[:0])

@@ -136,17 +136,17 @@ def test_pictures_from_all_sources(tmp_path):
     found = read("folder", tmp_path, "test", size=8)
     assert (found.images.shape, found.labels.tolist(), found.names) == ((2, 8, 8, 3), [0, 1], ["cat", "dog"])
     Image.new("RGB", (9, 9)).save(tmp_path / "train" / "cat" / "b.png")
-    with pytest.raises(InputError, match="b.png: size"):
+    with pytest.raises(InputError, match=r"b.png: size"):
         read("folder", tmp_path, "train")
     (tmp_path / "val" / "dog" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="a.png: picture"):
+    with pytest.raises(InputError, match=r"a.png: picture"):
         read("folder", tmp_path, "test")
     x, y = np.zeros((5, 4, 4, 3), np.uint8), np.arange(5)
     np.savez(tmp_path / "train.npz", x=x, y=y)
     assert read("npz", tmp_path, "train").classes == 5
     for wrong in ({"x": x}, {"x": x.astype(np.float32), "y": y}, {"x": x, "y": y[:4]}, {"x": x, "y": y - 1}):
         np.savez(tmp_path / "test.npz", **wrong)
-        with pytest.raises(InputError, match="test.npz"):
+        with pytest.raises(InputError, match=r"test.npz"):
             read("npz", tmp_path, "test")
     record = np.arange(2 * 3073, dtype=np.int64).astype(np.uint8).reshape(2, 3073)
     record[:, 0] = (3, 9)

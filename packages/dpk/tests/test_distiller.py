@@ -125,7 +125,7 @@ def test_warm_up_and_schedules_follow_the_epoch(net, batch):
     d = distiller(net, ratio=lambda epoch: 0.1 * epoch)
     d.epoch(3)
     assert d(*batch).info["rho"].tolist() == pytest.approx([0.3, 0.3])
-    with pytest.raises(InputError, match="ratio in epoch 11: found 1.1"):
+    with pytest.raises(InputError, match=r"ratio in epoch 11: found 1.1"):
         d.epoch(11)
 
 

@@ -142,7 +142,7 @@ def test_unknown_taps_are_answered_with_names(net, batch):
         Taps(net(), ["stage3"], batch[0], role="student")
     network = net()
     network.spare = nn.Conv2d(1, 1, 1)
-    with pytest.raises(InputError, match="tap spare: found.*not called"):
+    with pytest.raises(InputError, match=r"tap spare: found.*not called"):
         Taps(network, ["spare"], batch[0])
     with pytest.raises(InputError, match=r"output of head: found shape \(16, 10\)"):
         Taps(network, ["head"], batch[0])

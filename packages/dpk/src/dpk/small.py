@@ -52,7 +52,7 @@ class Effort:
 
 
 FULL = Effort()
-TINY = Effort(epochs=1, fine_tuning=1, seeds=1, teachers=(20, 56), batch_size=32, pictures=64, mixed_precision="no")
+TINY = Effort(epochs=1, fine_tuning=1, seeds=1, teachers=(20, 32), batch_size=16, pictures=20, mixed_precision="no")
 """does the code run at all?"""
 
 
