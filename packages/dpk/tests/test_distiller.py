@@ -104,6 +104,13 @@ def test_the_same_generator_gives_the_same_masks(net, batch):
     assert losses[0] == losses[1] != other
 
 
+def test_a_kept_answer_of_the_teacher_gives_the_same_losses(net, batch):
+    d, again = distiller(net), distiller(net)
+    kept = again.teach(batch[0])
+    again.teacher.forward = None  # must not be called
+    assert torch.equal(d(*batch).total, again(*batch, taught=kept).total)
+
+
 def test_with_all_of_the_teacher_the_student_gets_no_gradient_from_the_stage(net, batch):
     gradients = {}
     for share in (0.0, 1.0):

@@ -109,15 +109,24 @@ class Distiller(nn.Module):
         return self._teacher[0] if self._teacher else None
 
     def forward(
-        self, images: Tensor, targets: Int[Tensor, " batch"], *, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        targets: Int[Tensor, " batch"],
+        *,
+        generator: torch.Generator | None = None,
+        taught: Outputs | None = None,
     ) -> Distilled:
         """One step's losses. Does not wait for the device.
 
         Args:
             generator: for the masks, on the images' device; none: this module's own, see `generator`.
+            taught: what `teach` gave for these images earlier; without augmentation the teacher need run only once.
         """
         student = self.run(0, images)
-        teacher = self.teach(images) if self.method.needs_teacher else Outputs(student.logits.detach(), [])
+        if not self.method.needs_teacher:
+            teacher = Outputs(student.logits.detach(), [])
+        else:
+            teacher = self.teach(images) if taught is None else taught
         losses = self.method(student, teacher, targets, generator=generator or self.generator(images.device))
         if not losses:
             raise InputError("the method gives no loss", expected="a weight above 0")
