@@ -1,4 +1,5 @@
-"""DDIM on any ascending list of timesteps (arXiv 2010.02502, equation 12), and classifier-free guidance.
+"""DDIM (arXiv 2010.02502, equation 12) and DPM-Solver++ of order 2 (arXiv 2211.01095, algorithm 2) on any ascending
+list of timesteps, and classifier-free guidance.
 
 A step goes from a visited timestep to the next *visited* one, whatever their distance; the last goes to
 `final_alpha_cumprod` (1: a clean sample). This is the re-spaced schedule of the guided-diffusion family, written on
@@ -6,6 +7,7 @@ the cumulative products instead of re-derived betas.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -69,6 +71,84 @@ def ddim_sample(
         if observe is not None:
             observe(timesteps[i], x, clean)
     return x
+
+
+@torch.no_grad()
+def dpm_sample(
+    model: NoiseModel,
+    x: Tensor,
+    timesteps: Sequence[int],
+    alphas_cumprod: Tensor,
+    *,
+    final_alpha_cumprod: float | None = 1.0,
+    lower_order_final: bool = True,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) from noise `x` down the list, and on to `final_alpha_cumprod`.
+
+    Args:
+        timesteps: visited timesteps, ascending; one call of the model each.
+        final_alpha_cumprod: where the last step goes; None stops at the lowest timestep, without a call there.
+        lower_order_final: take the last step with order 1 when there are fewer than 15 calls (it is of order 1 at
+            `final_alpha_cumprod` 1 in any case).
+        observe: called after every step with (timestep, x after it, predicted clean sample).
+    """
+    check_timesteps(timesteps, len(alphas_cumprod))
+    if final_alpha_cumprod is None and len(timesteps) < 2:
+        raise InputError("timesteps", found=list(timesteps), expected="at least two when the lowest is the end")
+    alphas = [float(alphas_cumprod[t]) for t in timesteps]
+    descending = list(reversed(alphas)) + ([] if final_alpha_cumprod is None else [final_alpha_cumprod])
+    visited = list(reversed(timesteps))
+
+    def noise(x: Tensor, index: int) -> Tensor:
+        return model(x, torch.full((len(x),), visited[index], dtype=torch.long, device=x.device))
+
+    def report(index: int, x: Tensor, clean: Tensor) -> None:
+        if observe is not None:
+            observe(visited[index], x, clean)
+
+    return dpm_solver(noise, x, descending, lower_order_final=lower_order_final, observe=report)
+
+
+@torch.no_grad()
+def dpm_solver(
+    noise: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    alphas: Sequence[float],
+    *,
+    lower_order_final: bool = True,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """The multistep solver on a grid of cumulative alphas, which may come from continuous times.
+
+    Args:
+        noise: (x, number of the grid point) -> predicted noise there; asked at all points but the last.
+        alphas: at every grid point, ascending (from noise to sample); the last may be 1.
+    """
+    clean_before, h_before = None, 0.0
+    steps = len(alphas) - 1
+    for i in range(steps):
+        a, following = alphas[i], alphas[i + 1]
+        clean = (x - (1 - a) ** 0.5 * noise(x, i)) / a**0.5
+        last = i == steps - 1
+        if following >= 1:
+            x, clean_before = clean, clean
+        else:
+            h = _half_log_snr(following) - _half_log_snr(a)
+            point = clean
+            if clean_before is not None and not (last and lower_order_final and steps < 15):
+                point = clean + (clean - clean_before) * (h / (2 * h_before))
+            ratio = ((1 - following) / (1 - a)) ** 0.5
+            x = ratio * x - following**0.5 * math.expm1(-h) * point
+            clean_before, h_before = clean, h
+        if observe is not None:
+            observe(i, x, clean)
+    return x
+
+
+def _half_log_snr(alpha: float) -> float:
+    """lambda = log(sqrt(a) / sqrt(1 - a))"""
+    return 0.5 * (math.log(alpha) - math.log1p(-alpha))
 
 
 def guided(
