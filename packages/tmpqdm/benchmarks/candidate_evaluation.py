@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--calibration", action="store_true", help="also the calibration of the digits network")
     parser.add_argument("--iterations", type=int, default=20, help="of every unit, for the calibration")
+    parser.add_argument("--samples", type=int, default=16, help="trajectories of 8 kept steps, for the calibration")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     networks = {"digits": (tiny_unet, 64), "cifar10": (cifar10_unet, 4)}
@@ -198,7 +199,7 @@ def main() -> None:
         if options.network in (name, "all"):
             results[name] = candidates(make(), options.batch or batch, options.repeats, options.device)
     if options.calibration:
-        results["calibration, digits"] = calibration(tiny_unet(), options.device, options.iterations, 16)
+        results["calibration, digits"] = calibration(tiny_unet(), options.device, options.iterations, options.samples)
     print(json.dumps(results, indent=2))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

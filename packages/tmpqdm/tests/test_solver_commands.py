@@ -13,6 +13,7 @@ import torch
 from papercore import cli
 from papercore.errors import InputError
 from safetensors.torch import load_file
+from tmpqdm.calibration import collect_calibration
 from tmpqdm.commands.solver import Calibrate, Export, parse_pins, read_plan
 from tmpqdm.loading import load_model, load_scheduler
 from tmpqdm.solver import PrecisionSolver
@@ -123,6 +124,18 @@ def test_models_from_files(folder, tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"beta_end": 0.01, "clip_sample": true}')
     assert load_scheduler(tmp_path).config.beta_end == 0.01 and load_scheduler(folder).config.beta_end == 0.02
+
+
+def test_the_cifar10_transformer():
+    file = Path(__file__).parents[4] / "shared" / "data" / "weights" / "cifar10_dit_w256_d8_h4_p4.safetensors"
+    if not file.exists():
+        pytest.skip(f"{file.name} is not beside the repository")
+    model = load_model(file)
+    data = collect_calibration(model, load_scheduler(file), samples=2, timesteps=[10, 500], labels=[0, 1])
+    solver = PrecisionSolver.from_model(model, bits=(8, 4))
+    solver.calibrate(data, method="minmax", batch_size=2)
+    errors = [max(solver.errors(data, solver.uniform(bits), batch_size=2).values()) for bits in solver.bits]
+    assert len(solver.splits) == 0 and errors[0] < 0.1 < errors[1]
 
 
 def test_a_killed_calibration_goes_on_to_the_same_file(folder, tmp_path):

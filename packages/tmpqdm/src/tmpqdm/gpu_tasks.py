@@ -50,7 +50,8 @@ def check_solver(request: Request) -> Mapping[str, Any]:
     from tmpqdm.solver import PrecisionSolver
     from tmpqdm.synthetic import tiny_unet
 
-    model = tiny_unet().to(request.device)
+    model: Any = tiny_unet()
+    model.to(request.device)
     data = collect_calibration(model, DDPMScheduler(), samples=4, timesteps=[20, 300, 800])
     solver = PrecisionSolver.from_model(model, bits=(8, 4))
     iterations = 2 if request.tiny else 50
@@ -79,14 +80,14 @@ def benchmark_candidate(request: Request) -> Mapping[str, Any]:
     from tmpqdm.synthetic import random_mixture, tiny_unet
 
     torch.manual_seed(0)
-    model = tiny_unet() if request.tiny else UNet2DModel(
+    model: Any = tiny_unet() if request.tiny else UNet2DModel(
         sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), norm_eps=1e-6, downsample_padding=0,
         flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
     )  # fmt: skip
-    model = model.to(request.device).eval()
-    config: Any = model.config
+    model.to(request.device).eval()
+    config = model.config
     data = collect_calibration(model, DDPMScheduler(), samples=4, timesteps=[10, 300, 800])
     solver = PrecisionSolver.from_model(model)
     solver.calibrate(data, method="minmax", batch_size=4)

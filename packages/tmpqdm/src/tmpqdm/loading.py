@@ -41,8 +41,10 @@ def load_model(path: Path) -> nn.Module:
         where, weights = path.with_suffix(".json"), path
         config = read_json(where)
         config = config.get("config") if isinstance(config, dict) else None
+    if isinstance(config, dict) and "_class_name" not in config and "num_embeds_ada_norm" in config:
+        config = config | {"_class_name": "DiTTransformer2DModel"}  # no other family has this field
     if not isinstance(config, dict) or config.get("_class_name") not in FAMILIES:
-        found = config.get("_class_name") if isinstance(config, dict) else "no configuration"
+        found = config.get("_class_name", "none") if isinstance(config, dict) else "no configuration"
         raise InputError("_class_name", where=where, found=found, expected=f"one of {', '.join(FAMILIES)}")
     with located(where):
         try:

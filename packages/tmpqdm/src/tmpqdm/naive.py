@@ -35,7 +35,7 @@ class NaiveLayer(nn.Module):
         self.steps = layer.step_halves(a)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.layer.weight
+        weight: Tensor = self.layer.weight  # pyright: ignore[reportAssignmentType]
         weights = (weight,) if self.split is None else (weight[:, : self.split], weight[:, self.split :])
         made = []
         for half, alpha, w in zip(self.halves, self.alphas, weights, strict=True):
