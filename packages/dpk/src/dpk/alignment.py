@@ -86,7 +86,29 @@ def hsics(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."], unbiased: bool =
 @torch.no_grad()
 def gram(x: Float[Tensor, "n ..."]) -> Float[Tensor, "n n"]:
     """The linear kernel of the centred features, in float64; what follows the first axis is flattened."""
-    return grams(x.reshape(1, len(x), -1))[0]
+    flat = x.reshape(len(x), -1)
+    return gram_in_blocks(flat) if x.device.type == "cpu" else grams(flat[None])[0]
+
+
+BLOCK = (64, 4096)
+"""samples and features of a block: what is centred stays in a processor's cache until it has been multiplied"""
+
+
+@torch.no_grad()
+def gram_in_blocks(x: Float[Tensor, "n p"]) -> Float[Tensor, "n n"]:
+    """The same on a CPU, without a centred copy of all features, and only one half of the symmetric product."""
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    n, (rows, columns) = len(x), BLOCK
+    total = x.new_zeros(n, n)
+    with torch.autocast("cpu", enabled=False):
+        for part in x.split(columns, 1):
+            part = part - part[:1]  # as in `grams`
+            part -= part.mean(0)
+            for begin in range(0, n, rows):
+                end = min(begin + rows, n)
+                total[begin:end, :end].addmm_(part[begin:end], part[:end].T)
+    return (total.tril() + total.tril(-1).T).double()
 
 
 @torch.no_grad()
