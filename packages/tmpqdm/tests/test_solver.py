@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,21 +129,17 @@ def test_applied_networks_are_independent(made):
 def test_bits_for_every_step(made):
     _, data, solver = made
 
-    class Plan:
-        timesteps = (20, 300, 800)
-        bits = None
-        per_step_bits = tuple(random_mixture(solver, seed) for seed in (1, 2, 3))
-
-    network = solver.apply(Plan())
-    for t, bits in zip(Plan.timesteps, Plan.per_step_bits, strict=True):
+    steps = {t: random_mixture(solver, seed) for seed, t in enumerate((20, 300, 800))}
+    plan = SimpleNamespace(per_step_bits=tuple({"timestep": t, "bits": bits} for t, bits in steps.items()))
+    network = solver.apply(plan)
+    for t, bits in steps.items():
         rows = data[data.t == t]
         solver.set_bits(bits)
         assert torch.equal(run(network, rows), run(solver.network, rows))
     with pytest.raises(InputError, match=r"timestep: found \[20, 300, 800\]"):
         run(network, data)
-    Plan.timesteps = (20, 300)
-    with pytest.raises(InputError, match="per_step_bits: found 3 mappings"):
-        solver.apply(Plan())
+    with pytest.raises(InputError, match=r"timestep: found \[21\], expected one of \[20, 300, 800\]"):
+        run(network, CalibrationSet(data.x[:1], torch.tensor([21]), {k: v[:1] for k, v in data.cond.items()}))
 
 
 def test_in_a_pipeline(unet):

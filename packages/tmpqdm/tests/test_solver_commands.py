@@ -14,8 +14,9 @@ from papercore import cli
 from papercore.errors import InputError
 from safetensors.torch import load_file
 from tmpqdm.calibration import collect_calibration
-from tmpqdm.commands.solver import Calibrate, Export, parse_pins, read_plan
+from tmpqdm.commands.solver import Calibrate, Export, parse_pins
 from tmpqdm.loading import load_model, load_scheduler
+from tmpqdm.plan import Plan
 from tmpqdm.solver import PrecisionSolver
 from tmpqdm.synthetic import random_mixture, tiny_dit, tiny_unet
 
@@ -42,15 +43,16 @@ def solver_file(folder) -> Path:
     return out
 
 
-def write_plan(path: Path, solver: PrecisionSolver, **changes) -> Path:
-    plan = {"format": "tmpqdm-plan", "version": 1, "timesteps": [0, 9, 200], "bits": random_mixture(solver, 0)}
-    path.write_text(json.dumps(plan | changes))
-    return path
+def make_plan(solver: PrecisionSolver, **changes) -> Plan:
+    schedule = {"T": 1000, "betas_hash": "x", "prediction_type": "epsilon"}
+    values = {"timesteps": (0, 9, 200), "bits": random_mixture(solver, 0), "model": {"hash": solver.model_hash}}
+    return Plan(**{"schedule": schedule, **values, **changes})
 
 
 def test_calibrate_and_export(folder, solver_file, tmp_path, capsys):
     model = load_model(folder / "unet")
-    plan = write_plan(tmp_path / "plan.json", PrecisionSolver.load(solver_file, model))
+    solver, plan = PrecisionSolver.load(solver_file, model), tmp_path / "plan.json"
+    make_plan(solver).save(plan)
     arguments = ["export", plan, "--model", folder / "unet", "--solver", solver_file, "--json"]
     capsys.readouterr()
     assert run(*arguments, "--out", tmp_path / "packed") == 0
@@ -93,17 +95,21 @@ def test_wrong_input(folder, tmp_path, monkeypatch, capsys, arguments, message):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_wrong_plans(tmp_path):
-    for content, message in (
-        ("[]", "format: found list"),
-        ('{"format": "other"}', "format: found other"),
-        ('{"format": "tmpqdm-plan", "per_step_bits": [{}]}', "per_step_bits"),
-        ('{"format": "tmpqdm-plan", "bits": [1]}', "bits: found list"),
+def test_wrong_plans(folder, solver_file, tmp_path, capsys):
+    solver, plan = PrecisionSolver.load(solver_file, load_model(folder / "unet")), tmp_path / "plan.json"
+    arguments = ["export", plan, "--model", folder / "unet", "--solver", solver_file, "--out", tmp_path / "out"]
+    bits = random_mixture(solver, 0)
+    for changes, message in (
+        ({"model": {"hash": "other"}}, "model: found weights with hash"),
+        ({"bits": {"conv_in": {"w": 8, "a": 8}}}, "found no"),
+        ({"per_step_bits": tuple({"timestep": t, "bits": bits} for t in (0, 9, 200))}, "per_step_bits"),
     ):
-        path = tmp_path / "plan.json"
-        path.write_text(content)
-        with pytest.raises(InputError, match=message):
-            read_plan(path)
+        make_plan(solver, **changes).save(plan)
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+    plan.write_text("[]")
+    assert run(*arguments) == 2 and "format" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert parse_pins(("a=b=4",)) == {"a=b": 4}
 
 

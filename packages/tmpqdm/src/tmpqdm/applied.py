@@ -23,18 +23,12 @@ def at_bits(solver: "PrecisionSolver", bits: "Bits") -> nn.Module:
     return made
 
 
-def by_timestep(solver: "PrecisionSolver", timesteps: Sequence[int], bits: "Sequence[Bits]") -> nn.Module:
+def by_timestep(solver: "PrecisionSolver", bits: "Mapping[int, Bits]") -> nn.Module:
     """A network that takes the bits of a timestep when it is called with it; one timestep a call.
 
-    Raises:
-        InputError: not one mapping for every timestep. The network raises it for a timestep that is not in the list,
-            or for several in one call.
+    The network raises InputError for a timestep that is not in the mapping, or for several in one call.
     """
-    if len(bits) != len(timesteps):
-        raise InputError(
-            "per_step_bits", found=f"{len(bits)} mappings", expected=f"one for each of {len(timesteps)} steps"
-        )
-    table = {int(t): solver.complete(step) for t, step in zip(timesteps, bits, strict=True)}
+    table = {t: solver.complete(step) for t, step in bits.items()}
     made = _copy(solver, list(table.values()))
     state: dict[str, int] = {}
 

@@ -271,8 +271,8 @@ class PrecisionSolver:
         """A network at the bits of a plan, independent of this solver, that fits where the model fitted.
 
         Args:
-            plan: a mapping of bits for every operation, or anything with `bits` and perhaps `timesteps` and
-                `per_step_bits` (one mapping for every timestep): then the network switches by the timestep it gets.
+            plan: a mapping of bits for every operation, or anything with `bits` and perhaps `per_step_bits` (entries
+                with `timestep` and `bits`): then the network switches by the timestep it gets.
 
         Raises:
             InputError: an operation is missing, or see `set_bits`.
@@ -282,7 +282,7 @@ class PrecisionSolver:
         self._ready()
         per_step = getattr(plan, "per_step_bits", None)
         if per_step:
-            return by_timestep(self, list(plan.timesteps), list(per_step))
+            return by_timestep(self, {int(step["timestep"]): step["bits"] for step in per_step})
         return at_bits(self, plan if isinstance(plan, Mapping) else plan.bits)
 
     def complete(self, bits: Bits) -> dict[str, dict[str, int]]:

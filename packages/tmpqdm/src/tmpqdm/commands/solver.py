@@ -4,12 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from papercore import cli
 from papercore.errors import InputError
 from papercore.rundir import check_output_file, check_output_folder
+
+if TYPE_CHECKING:
+    from tmpqdm.plan import Plan
 
 Positional = tyro.conf.Positional
 
@@ -188,8 +191,9 @@ class Export(cli.Command):
 
         model = load_model(self.model)
         solver = PrecisionSolver.load(self.solver, model)
+        plan.check_model(solver.model_hash)
         if self.to == "torchao":
-            written = torchao_config(solver, plan["bits"])
+            written = torchao_config(solver, plan.bits)
             write_json(self.out / "torchao.json", written)
             return {
                 "file": self.out / "torchao.json",
@@ -201,9 +205,9 @@ class Export(cli.Command):
             data = CalibrationSet.load(self.data)[: self.samples]
             data.validate(model)
             inputs = (data.x, data.t, dict(data.cond))
-        extra = {key: plan[key] for key in ("timesteps", "sampler", "schedule") if key in plan}
-        size = export(solver, plan["bits"], self.out, extra)
-        difference = check_equal(solver.apply(plan["bits"]), load_exported(self.out), inputs)
+        extra = {"timesteps": plan.timesteps, "sampler": plan.sampler, "schedule": dict(plan.schedule)}
+        size = export(solver, plan.bits, self.out, extra)
+        difference = check_equal(solver.apply(plan.bits), load_exported(self.out), inputs)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {
             "folder": self.out,
@@ -214,24 +218,18 @@ class Export(cli.Command):
         }
 
 
-def read_plan(path: Path) -> dict[str, Any]:
+def read_plan(path: Path) -> "Plan":
     """A plan with one set of bits.
 
     Raises:
-        InputError: another file, or a plan whose bits differ from step to step.
+        InputError: no plan, or one whose bits differ from step to step.
     """
-    from papercore.rundir import read_json
+    from tmpqdm.plan import Plan
 
-    plan = read_json(path)
-    if not isinstance(plan, dict) or plan.get("format") != "tmpqdm-plan":
-        found = plan.get("format", "nothing") if isinstance(plan, dict) else type(plan).__name__
-        raise InputError("format", where=path, found=found, expected="tmpqdm-plan")
-    if plan.get("per_step_bits"):
+    plan = Plan.load(path)
+    if plan.per_step_bits:
         raise InputError("per_step_bits", where=path, found="bits of every step", expected="one set for all steps",
                          hint="export every step's bits as a plan of its own")  # fmt: skip
-    bits = plan.get("bits")
-    if not isinstance(bits, dict) or not all(isinstance(genes, dict) for genes in bits.values()):
-        raise InputError("bits", where=path, found=type(bits).__name__, expected="operation -> gene -> bits")
     return plan
 
 
