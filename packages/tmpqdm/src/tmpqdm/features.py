@@ -114,7 +114,7 @@ def extract(function: FeatureFunction, images: Tensor) -> NDArray[np.float64]:
     with torch.no_grad():
         found = function(images)
     if isinstance(found, Mapping):
-        found = found["features"] if "features" in found else ()
+        found = found.get("features", ())
     array = np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found, dtype=np.float64)
     if array.ndim != 2 or len(array) != len(images):
         raise InputError("features", found=f"shape {array.shape}", expected=f"[{len(images)}, dimensions]")
