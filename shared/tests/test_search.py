@@ -152,3 +152,59 @@ def test_bad_searches_are_named(tmp_path):
         search(tmp_path, 1)
     with pytest.raises(InputError, match="search storage"):
         search("nonsense://x", 1)
+
+
+def test_shares_of_a_generation_and_mutations_of_the_start():
+    """The published scheme: half mutations, a fifth crossovers, the rest random; generation 0 around the start."""
+    space = Space(GENES, lambda genome: sum(genome) >= 4, start=[(1,) * 6])
+    sampler = EvolutionSampler(
+        space, population=20, top_k=3, mutation=0.2, seed=0, crossovers=0.2, mutations=0.5, start_mutation=0.1
+    )
+    first = [sampler.propose(i, []) for i in range(20)]
+    changed = [sum(a != b for a, b in zip(genome, first[0], strict=True)) for genome in first]
+    assert sum(changed[10:]) / 10 < sum(changed[1:10]) / 9 / 2
+    before = [(float(sum(genome)), genome) for genome in first]
+    later = [sampler.propose(20 + i, before) for i in range(20)]
+    assert all(space.fits(genome) for genome in later)
+    best = [genome for _, genome in keep_best([], before, 3)]
+    mixed = [all(gene in column for gene, column in zip(g, zip(*best, strict=True), strict=True)) for g in later]
+    assert all(mixed[:4])  # crossovers have nothing that the parents do not have
+    assert not all(mixed[14:])
+    with pytest.raises(InputError, match="shares"):
+        EvolutionSampler(space, population=4, top_k=1, mutation=0.1, seed=0, crossovers=0.8, mutations=0.4)
+
+
+def test_repair_leaves_costless_genes_alone_and_random_genomes_aim_below_the_budget():
+    genes = {"t": tuple(range(100)), **GENES}
+
+    def cost(genome):
+        return sum(3 - gene for gene in genome[1:])
+
+    space = Space(
+        genes,
+        lambda genome: cost(genome) <= 12,
+        costless=("t",),
+        within=lambda genome, share: cost(genome) <= 12 * share,
+    )
+    generator = random.Random(1)
+    drawn = [space.random(generator) for _ in range(60)]
+    assert all(space.fits(genome) for genome in drawn)
+    assert len({genome[0] for genome in drawn}) > 30
+    assert {cost(genome) for genome in drawn if cost(genome) > 9} >= {10, 11}
+    genome = space.repaired((7, 0, 0, 0, 0, 0, 0), space.order(generator))
+    assert genome[0] == 7
+    assert cost(genome) == 12
+
+
+def test_notes_of_an_evaluation_are_kept(tmp_path):
+    space = Space(GENES)
+    sampler = EvolutionSampler(space, population=4, top_k=2, mutation=0.3, seed=0)
+    study = open_study(tmp_path / "study.jsonl", "notes", sampler)
+
+    def evaluate(genome):
+        return float("inf"), {"reason": f"sum {sum(genome)}"}
+
+    found = run_search(study, sampler, evaluate, 3, description={})
+    assert [e.notes["reason"] for e in found] == [f"sum {sum(e.genome)}" for e in found]
+    again = run_search(open_study(tmp_path / "study.jsonl", "notes", sampler), sampler, evaluate, 3, description={})
+    assert [e.notes for e in again] == [e.notes for e in found]

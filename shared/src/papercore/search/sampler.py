@@ -1,15 +1,16 @@
 """The evolutionary search as an Optuna sampler, so that storage, resume and parallel workers are Optuna's.
 
 Trial i belongs to generation i // population. Generation 0 is the start genomes and random legal ones. In every later
-generation the first half are crossovers of two of the best genomes evaluated before it, the second half mutations of
-one. A genome over the budget or already seen is drawn again; when that fails too often, a random legal one takes its
-place. What is drawn for trial i depends on the seed, on i, and on the trials before it.
+generation a share (by default half) are crossovers of two of the best genomes evaluated before it, another share
+(by default half) mutations of one, the rest random. A genome over the budget or already seen is drawn again; when that
+fails too often, a random legal one takes its place. What is drawn for trial i depends on the seed, on i, and on the
+trials before it.
 """
 
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,15 @@ class Space:
         genes: name of every gene and its choices, from the most to the least expensive (repair moves that way).
         fits: whether a genome is within the budget.
         start: genomes to evaluate first; those that do not fit are left out.
+        costless: genes that the budget does not depend on: repair leaves them alone.
+        within: whether a genome is within a share of the budget; random genomes then aim at 0.85 to 1 of it.
     """
 
     genes: Mapping[str, Sequence[int | float | str | None]]
     fits: Callable[[Genome], bool] = lambda genome: True
     start: Sequence[Genome] = ()
+    costless: Collection[str] = ()
+    within: Callable[[Genome, float], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.genes or any(len(choices) == 0 for choices in self.genes.values()):
@@ -55,11 +60,31 @@ class Space:
     def values(self, genome: Genome) -> dict[str, Any]:
         return {name: choices[i] for (name, choices), i in zip(self.genes.items(), genome, strict=True)}
 
+    def drawn(self, generator: random.Random) -> Genome:
+        """A random genome, within the budget or not."""
+        return tuple(generator.randrange(len(choices)) for choices in self.genes.values())
+
+    def order(self, generator: random.Random) -> list[int]:
+        """The genes that cost, in random order."""
+        costly = [i for i, name in enumerate(self.genes) if name not in self.costless]
+        return generator.sample(costly, len(costly))
+
+    def repaired(
+        self, genome: Sequence[int], order: Sequence[int], fits: Callable[[Genome], bool] | None = None
+    ) -> Genome:
+        """The genome made cheaper, gene by gene in this order, until it fits."""
+        counts = [len(choices) for choices in self.genes.values()]
+        return repair(genome, order, counts, fits or self.fits)[0]
+
     def random(self, generator: random.Random) -> Genome:
         """A random genome within the budget: uniform, repaired in random order."""
-        counts = [len(choices) for choices in self.genes.values()]
-        order = generator.sample(range(len(counts)), len(counts))
-        return repair([generator.randrange(n) for n in counts], order, counts, self.fits)[0]
+        order = self.order(generator)
+        genome = self.drawn(generator)
+        if self.within is None:
+            return self.repaired(genome, order)
+        within, share = self.within, generator.uniform(0.85, 1)
+        tight = self.repaired(genome, order, lambda candidate: within(candidate, share))
+        return tight if within(tight, share) else self.repaired(genome, order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +93,8 @@ class Evaluation:
 
     genome: Genome
     fitness: float
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """what the evaluation had to say beside it"""
 
 
 class EvolutionSampler(BaseSampler):
@@ -80,15 +107,33 @@ class EvolutionSampler(BaseSampler):
         mutation: probability that a gene is redrawn in a mutation.
         seed: of everything random.
         tries: how often a place is drawn again, in populations.
+        crossovers, mutations: shares of a generation; what they leave is random.
+        start_mutation: fill the second half of generation 0 with mutations of the first start genome, of this
+            probability a gene, repaired; None: with random genomes.
     """
 
     def __init__(
-        self, space: Space, *, population: int, top_k: int, mutation: float, seed: int, tries: int = 10
+        self,
+        space: Space,
+        *,
+        population: int,
+        top_k: int,
+        mutation: float,
+        seed: int,
+        tries: int = 10,
+        crossovers: float = 0.5,
+        mutations: float = 0.5,
+        start_mutation: float | None = None,
     ) -> None:
         if population < 1 or top_k < 1 or not 0 <= mutation <= 1:
             raise InputError("search", found=f"{population}, {top_k}, {mutation}", expected="population, top_k >= 1")
         self.space, self.population, self.top_k = space, population, top_k
+        if min(crossovers, mutations) < 0 or crossovers + mutations > 1 + 1e-9:
+            raise InputError("shares", found=f"{crossovers}, {mutations}", expected="at least 0, together at most 1")
         self.mutation, self.seed, self.tries = mutation, seed, tries
+        self.crossovers, self.mutations, self.start_mutation = crossovers, mutations, start_mutation
+        self.crowded = 0
+        """how often a place could not be filled by crossover or mutation and got a random genome"""
 
     # ---- Optuna's interface
 
@@ -131,8 +176,20 @@ class EvolutionSampler(BaseSampler):
         scored = [(fitness, genome) for fitness, genome in before[:first] if fitness is not None]
         parents = [genome for _, genome in keep_best([], scored, self.top_k)]
         counts = [len(choices) for choices in self.space.genes.values()]
-        for _ in range(self.tries * self.population if parents else 0):
-            if place < self.population // 2:
+        if not generation and start and self.start_mutation is not None and place >= self.population // 2:
+            for _ in range(self.tries * self.population):
+                draws = self.space.drawn(generator)
+                child = mutate(start[0], draws, [generator.random() for _ in counts], self.start_mutation)
+                child = self.space.repaired(child, self.space.order(generator))
+                if child not in seen:
+                    return child
+        first_mutation = round(self.crossovers * self.population) if self.crossovers != 0.5 else self.population // 2
+        first_random = first_mutation + round(self.mutations * self.population)
+        if self.crossovers + self.mutations >= 1 - 1e-9:
+            first_random = self.population
+        crowded = bool(parents) and place < first_random
+        for _ in range(self.tries * self.population if crowded else 0):
+            if place < first_mutation:
                 a, b = generator.choice(parents), generator.choice(parents)
                 child = crossover(a, b, [generator.random() for _ in counts])
             else:
@@ -140,6 +197,7 @@ class EvolutionSampler(BaseSampler):
                 child = mutate(parent, draws, [generator.random() for _ in counts], self.mutation)
             if child not in seen and self.space.fits(child):
                 return child
+        self.crowded += crowded
         for _ in range(self.tries * self.population):
             child = self.space.random(generator)
             if child not in seen:
@@ -177,7 +235,7 @@ def open_study(storage: str | Path | None, name: str, sampler: BaseSampler, *, a
 def run_search(
     study: "Study",
     sampler: EvolutionSampler,
-    evaluate: Callable[[Genome], float],
+    evaluate: Callable[[Genome], float | tuple[float, Mapping[str, Any]]],
     evaluations: int,
     *,
     description: Mapping[str, Any],
@@ -190,7 +248,7 @@ def run_search(
     that the search goes on exactly as if it had not been interrupted; their place is drawn again.
 
     Args:
-        evaluate: genome -> fitness, smaller is better. NaN counts as the worst.
+        evaluate: genome -> fitness, smaller is better (NaN counts as the worst), perhaps with notes to keep.
         description: of the search (space, seed, limit); a storage that holds another search is refused.
         alone: False while other workers use the same storage.
 
@@ -225,9 +283,16 @@ def run_search(
                     trial.suggest_categorical(name, list(sampler.space.genes[name]))
                 _, genome = sampler.evaluation(study.trials[trial.number])
                 value = evaluate(genome)
+                if isinstance(value, tuple):
+                    value, notes = value
+                    for name, note in notes.items():
+                        trial.set_user_attr(name, note)
                 study.tell(trial, value if value == value else float("inf"))
                 progress.advance(f"best {study.best_value:.4g}")
-        return [Evaluation(sampler.evaluation(trial)[1], float(trial.value or 0.0)) for trial in finished()]
+        return [
+            Evaluation(sampler.evaluation(trial)[1], float(trial.value or 0.0), dict(trial.user_attrs))
+            for trial in finished()
+        ]
 
 
 @contextlib.contextmanager
