@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from dpk.alignment import MinibatchCKA
-from dpk.cka_report import cka_matrix, default_layers, write_report
+from dpk.cka_report import cka_matrix, write_report
 from papercore.errors import InputError, WorkError
 from torch import nn
 
@@ -18,7 +18,8 @@ def batches(*sizes: int) -> list[torch.Tensor]:
 def test_every_entry_is_the_minibatch_estimate_of_its_pair(net, tmp_path):
     first, second, images = net(4, 0), net(6, 1), batches(12, 9, 3)
     matrix = cka_matrix(first, second, images)
-    assert matrix.first == tuple(default_layers(first))
+    parts = [f"stage{k}.{i}" for k in (1, 2) for i in range(3)]  # a stage gives what its ReLU gives: listed once
+    assert matrix.first == ("stem", *parts, "head")
     assert (matrix.batches, matrix.samples) == (2, 21)  # three images are too few
     for i, name in enumerate(matrix.first):
         for j, other in enumerate(matrix.second):
@@ -57,6 +58,10 @@ def test_layers_by_name_and_what_cannot_be_compared(net):
     assert matrix.values.shape == (1, 2)
     with pytest.raises(InputError, match="layer stage9"):
         cka_matrix(net(4), net(4), batches(8), first_layers=["stage9"])
+    windows = nn.Sequential(nn.Flatten(0, 2), nn.Unflatten(0, (-1, 8)), nn.Flatten())
+    assert cka_matrix(windows, windows, batches(8)).first == ("1", "2")  # rows of the first are not images
+    with pytest.raises(InputError, match="output of layer 0: found none"):
+        cka_matrix(windows, net(4), batches(8), first_layers=["0"])
     with pytest.raises(InputError, match="no batch of at least 4"):
         cka_matrix(net(4), net(4), batches(3))
     broken = net(4)
@@ -70,3 +75,20 @@ def test_a_constant_layer_is_like_nothing(net):
     nn.init.zeros_(constant.head.weight)
     values = cka_matrix(constant, net(4), batches(8), first_layers=["head"]).values
     assert float(values.abs().max()) == 0
+
+
+def test_layers_are_told_once_and_in_the_order_of_the_pass():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act, self.drop, self.skip = nn.BatchNorm2d(3), nn.ReLU(True), nn.Dropout(), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.drop(self.act(self.norm(x))) + self.skip(x)
+
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Sequential(Block(), Block()), nn.Flatten())
+    found = cka_matrix(model, model, batches(6))
+    # in place is new, what is handed on is not
+    assert found.first == ("0", *(f"1.{k}{part}" for k in (0, 1) for part in (".norm", ".act", "")), "2")
+    assert cka_matrix(model, model, batches(6), first_layers="stages").first == ("0", "1.0", "1.1", "2")
+    assert cka_matrix(model, model, batches(6), first_layers=["1", "1.1"]).first == ("1", "1.1")

@@ -5,9 +5,10 @@ matrices (the definition of `alignment`, arranged for many layers).
 """
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -64,37 +65,60 @@ def own(grams: Float[Tensor, "layers n n"]) -> Float[Tensor, " layers"]:
     return inner / (n * (n - 3))
 
 
-def default_layers(model: nn.Module) -> list[str]:
-    """Modules without parts: convolutions, linear layers, norms and activations, in order."""
-    return [name for name, module in model.named_modules() if name and not list(module.children())]
-
-
-def stage_layers(model: nn.Module) -> list[str]:
-    """Modules at most two levels deep: stem, stages, their blocks, classifier, in order."""
-    return [name for name, _ in model.named_modules() if name and name.count(".") < 2]
+Layers = Literal["all", "stages"]
 
 
 class Recorder:
-    """Gram matrices of the outputs of some layers during a forward pass."""
+    """Gram matrices of the outputs of layers during a forward pass.
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        known = dict(model.named_modules())
-        for name in layers:
+    Args:
+        layers: names, kept in their order; "all": every module that gives a new tensor, in the order in which they
+            end; "stages": of these the ones at most two levels deep (stem, stages, their blocks, classifier). A
+            module that only hands on what another gave (a container its last part's, an identity) is no new one.
+
+    Raises:
+        InputError: a name is not found.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str] | Layers) -> None:
+        known = {name: module for name, module in model.named_modules() if name}
+        self.named = None if isinstance(layers, str) else list(layers)
+        names = [name for name in known if layers == "all" or name.count(".") < 2] if self.named is None else self.named
+        for name in names:
             if name not in known:
                 raise InputError(f"layer {name}", found="no such module", expected="a name of `named_modules`")
+        self.samples = 0
         self.grams: dict[str, Tensor] = {}
-        self.handles = [known[name].register_forward_hook(self.hook(name)) for name in layers]
+        self.given: list[tuple[weakref.ref[Tensor], int]] = []
+        self.handles = [known[name].register_forward_hook(self.hook(name)) for name in names]
 
     def hook(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim > 1 and name not in self.grams:
-                self.grams[name] = gram(output)
+            # the sizes are asked first: a Gram matrix of windows or pixels as samples would be large
+            if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != self.samples or name in self.grams:
+                return
+            if self.named is None:
+                if any(seen() is output and version == output._version for seen, version in self.given):
+                    return
+                self.given.append((weakref.ref(output), output._version))
+            self.grams[name] = gram(output)
 
         return record
 
-    def take(self) -> dict[str, Tensor]:
-        taken, self.grams = self.grams, {}
-        return taken
+    def run(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """By layer, of one minibatch.
+
+        Raises:
+            InputError: a layer that was named gives no tensor with a row for every image.
+        """
+        self.samples, self.grams, self.given = len(images), {}, []
+        model(images)
+        for name in self.named or ():
+            if name not in self.grams:
+                raise InputError(
+                    f"output of layer {name}", found="none", expected="a tensor with a row for every image"
+                )
+        return self.grams if self.named is None else {name: self.grams[name] for name in self.named}
 
     def close(self) -> None:
         for handle in self.handles:
@@ -107,25 +131,24 @@ def cka_matrix(
     second: nn.Module,
     batches: Iterable[Tensor],
     *,
-    first_layers: Sequence[str] | None = None,
-    second_layers: Sequence[str] | None = None,
+    first_layers: Sequence[str] | Layers = "all",
+    second_layers: Sequence[str] | Layers = "all",
     device: str = "cpu",
 ) -> CKAMatrix:
     """CKA of all layers of two networks (or of one with itself) on the same images.
 
     Args:
         batches: images as the networks take them; a batch of fewer than four is left out.
-        first_layers, second_layers: names; None: see `default_layers`. A layer called several times counts with its
-            first output; one that gives no tensor is left out.
+        first_layers, second_layers: see `Recorder`. A layer called several times counts with its first output.
 
     Raises:
-        InputError: no batch of at least four images, or a layer that does not exist.
+        InputError: no batch of at least four images, or a layer that does not exist or gives no tensor.
         WorkError: features that are not finite.
     """
-    names = [list(first_layers or default_layers(first)), list(second_layers or default_layers(second))]
     networks = [first, second]
     modes = [(module, module.training) for network in networks for module in network.modules()]
-    recorders = [Recorder(network.to(device).eval(), layers) for network, layers in zip(networks, names, strict=True)]
+    layers = (first_layers, second_layers)
+    recorders = [Recorder(network.to(device).eval(), chosen) for network, chosen in zip(networks, layers, strict=True)]
     cross = firsts = seconds = None
     count = samples = 0
     kept: list[list[str]] = [[], []]
@@ -136,10 +159,8 @@ def cka_matrix(
             images = images.to(device)
             found = []
             for index, (network, recorder) in enumerate(zip(networks, recorders, strict=True)):
-                network(images)
-                grams = recorder.take()
-                if not kept[index]:
-                    kept[index] = [name for name in names[index] if name in grams and len(grams[name]) == len(images)]
+                grams = recorder.run(network, images)
+                kept[index] = kept[index] or list(grams)
                 found.append(torch.stack([grams[name] for name in kept[index]]))
             parts = all_pairs(found[0], found[1]), own(found[0]), own(found[1])
             cross, firsts, seconds = (

@@ -114,7 +114,7 @@ class CKA(cli.Command):
     batch_size: int = 256
     """images a minibatch, at least 4"""
     layers: Literal["stages", "all"] = "stages"
-    """stages: modules that the network's own parts are made of, two levels deep; all: every module without parts"""
+    """stages: stem, stages, their blocks, classifier; all: every module that gives a tensor of its own"""
     out: Path = Path("dpk-cka")
     """folder for cka.json and cka.png"""
     seed: int = 0
@@ -125,7 +125,7 @@ class CKA(cli.Command):
     def run(self) -> Mapping[str, Any]:
         import torch
 
-        from dpk.cka_report import cka_matrix, stage_layers, write_report
+        from dpk.cka_report import cka_matrix, write_report
         from dpk.loading import batches_of, load_data, load_network
 
         if self.batch_size < 4:
@@ -139,13 +139,13 @@ class CKA(cli.Command):
                 (self.second, self.second_weights, self.seed + 1),
             )
         ]
-        layers = [stage_layers(network) if self.layers == "stages" else None for network in networks]
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         matrix = cka_matrix(
-            *networks,
+            networks[0],
+            networks[1],
             batches_of(test, prepare, self.batch_size),
-            first_layers=layers[0],
-            second_layers=layers[1],
+            first_layers=self.layers,
+            second_layers=self.layers,
             device=device,
         )
         write_report(matrix, self.out, (self.first, self.second))
