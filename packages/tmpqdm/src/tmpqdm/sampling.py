@@ -48,6 +48,8 @@ class Sampling:
     guidance: float | None = None
     """weight of classifier-free guidance"""
     batch_size: int = 128
+    low: float = -1.0
+    """smallest value of a clean picture; the largest is 1"""
 
     def __post_init__(self) -> None:
         if self.sampler not in ("ddim", "dpmpp-2m"):
@@ -80,6 +82,8 @@ class Sampling:
         """
         config: Any = getattr(model, "config", None)
         classes = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
+        classes = classes or getattr(model, "classes", None)
+        options.setdefault("low", getattr(model, "low", -1.0))
         cond, uncond = dict(options.pop("cond", {})), dict(options.pop("uncond", {}))
         if classes and "class_labels" not in cond:
             if not labels:
@@ -159,6 +163,10 @@ class Sampling:
                 x = dpm_sample(noise, x, timesteps, alphas, final_alpha_cumprod=self.final_alpha)
             done.append(x.float().cpu())
         return torch.cat(done)
+
+    def pictures(self, samples: Float[Tensor, "n channels height width"]) -> UInt8[Tensor, "n height width channels"]:
+        """Samples as uint8 pictures."""
+        return to_uint8((samples - self.low) / (1 - self.low) * 2 - 1 if self.low != -1 else samples)
 
     def _noise(self, numbers: range, seed: int, steps: int) -> tuple[Tensor, list[Tensor]]:
         """(start [n, ...], noise of every step [n, ...]) of these images."""

@@ -124,7 +124,7 @@ class FrechetScore:
         bad = int((~torch.isfinite(samples.flatten(1)).all(1)).sum())
         if bad:
             return Scored(math.inf, f"{bad} of {images} images are not finite")
-        return self.of_images(to_uint8(samples))
+        return self.of_images(self.sampling.pictures(samples))
 
     def of_images(self, images: Tensor) -> Scored:
         """The distance of uint8 pictures [n, h, w, c]."""
@@ -187,18 +187,20 @@ class PairedScore:
         seed: int | None = None,
         before: Callable[[int], None] | None = None,
     ) -> Scored:
-        """See `Score`; values are clipped to [-1, 1] as pictures are."""
+        """See `Score`; values are clipped as pictures are."""
         images, seed = images or self.images, self.seed if seed is None else seed
         key = (self.target_timesteps or tuple(timesteps), images, seed)
         if key not in self._known:
             if len(self._known) > 8:
                 self._known.pop(next(iter(self._known)))
-            self._known[key] = self.sampling(self.target, key[0], images, seed).clamp(-1, 1)
+            self._known[key] = self.sampling(self.target, key[0], images, seed).clamp(self.sampling.low, 1)
         samples = self.sampling(network, timesteps, images, seed, before=before)
         bad = int((~torch.isfinite(samples.flatten(1)).all(1)).sum())
         if bad:
             return Scored(math.inf, f"{bad} of {images} images are not finite")
-        return Scored(float((samples.clamp(-1, 1) - self._known[key]).square().mean(dtype=torch.float64)))
+        return Scored(
+            float((samples.clamp(self.sampling.low, 1) - self._known[key]).square().mean(dtype=torch.float64))
+        )
 
     def describe(self) -> dict[str, Any]:
         target = None if self.target_timesteps is None else list(self.target_timesteps)
