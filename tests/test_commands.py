@@ -13,8 +13,8 @@ def papercore(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
-def test_reproduce_measures_qdit_and_writes_one_page(tmp_path):
-    done = papercore("reproduce", "--out", tmp_path, "--device", "cpu", "--json")
+def test_reproduce_measures_a_package_and_writes_one_page(tmp_path):
+    done = papercore("reproduce", "--only", "qdit", "--out", tmp_path, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     claims = json.loads(done.stdout)["claims"]
     assert [claim["claim"] for claim in claims if claim["package"] == "qdit"] == [

@@ -85,7 +85,8 @@ class State:
 
     def observed(self) -> dict[str, float]:
         """For the log, over the steps since its last line."""
-        return self.values | {name: float(value) / self.stretch for name, value in self.sums.items()}
+        found = self.values | {name: float(value) / self.stretch for name, value in self.sums.items()}
+        return dict(sorted(found.items()))
 
     def start_stretch(self) -> None:
         """The log has a new line."""
