@@ -25,7 +25,7 @@ def test_random_ones_have_equal_macs(tokens):
     assert len(made) == 7
     assert ((macs(GEOMETRY, made) - target).abs() <= 0.015 * FULL).all()
     assert (made.embed[:, :2] == 48).all()
-    assert ((made.prune < 1).all() if tokens in ("prune", "prune_merge") else (made.prune == 1).all())
+    assert (made.prune < 1).all() if tokens in ("prune", "prune_merge") else (made.prune == 1).all()
     assert len(made.embed.unique(dim=0)) > 1
     again = random_static(GEOMETRY, SPACE, tokens, target, count=7, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(made.tensors(), again.tensors(), strict=True))
@@ -52,9 +52,7 @@ def test_pareto():
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_search_goes_on_as_if_it_had_not_been_cut_off(tmp_path):
     def run(trials: int, storage):
-        return search_static(
-            GEOMETRY, SPACE, "prune", accuracy, trials=trials, population=6, seed=5, storage=storage
-        )
+        return search_static(GEOMETRY, SPACE, "prune", accuracy, trials=trials, population=6, seed=5, storage=storage)
 
     whole = run(30, None)
     run(13, tmp_path / "search.log")

@@ -99,9 +99,7 @@ def evaluate_static(geometry: Geometry, decisions: Decision, evaluate: Evaluate)
     return [Static(decisions[i], cost[i], float(evaluate(decisions[i]))) for i in range(len(decisions))]
 
 
-def pareto(
-    cost: Float[Tensor, " points"], accuracy: Float[Tensor, " points"]
-) -> list[int]:
+def pareto(cost: Float[Tensor, " points"], accuracy: Float[Tensor, " points"]) -> list[int]:
     """Points that no other one beats in both, by rising cost; of equal points the first."""
     order = sorted(range(len(cost)), key=lambda i: (float(cost[i]), -float(accuracy[i]), i))
     front, best = [], -float("inf")

@@ -139,10 +139,10 @@ def ways(sizes: Sizes, device: str) -> list[Way]:
         decision = per_image(space, batch, max(target, smallest), net)
         codebook = codebook_of(decision)
         lines += [
-            Way(f"per image {target:.2f} G, packed", gmac(decision), path("packed", decision)),
-            Way(f"per image {target:.2f} G, bucketed", gmac(decision), path("bucketed", decision)),
-            Way(f"per image {target:.2f} G, packed, 4 prototypes", gmac(codebook), path("packed", codebook)),
-            Way(f"per image {target:.2f} G, masked", gmac(decision), path("masked", decision)),
+            Way(f"per image {target:.3g} G, packed", gmac(decision), path("packed", decision)),
+            Way(f"per image {target:.3g} G, bucketed", gmac(decision), path("bucketed", decision)),
+            Way(f"per image {target:.3g} G, packed, 4 prototypes", gmac(codebook), path("packed", codebook)),
+            Way(f"per image {target:.3g} G, masked", gmac(decision), path("masked", decision)),
         ]
     return lines + halves(sizes, net, deit, pruned, device)
 
@@ -221,7 +221,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def benchmark(
-    sizes: Sizes = Sizes(),  # noqa: B008
+    sizes: Sizes = Sizes(),
     *,
     device: str = "cpu",
     thread_count: int = 1,
@@ -256,5 +256,8 @@ def benchmark(
         "machine": environment(),
     }
     if out is not None:
-        write_json(out, {"seconds": seconds, "rows": result["table"].records(), **{k: result[k] for k in ("ratios", "machine")}})
+        write_json(
+            out,
+            {"seconds": seconds, "rows": result["table"].records(), **{k: result[k] for k in ("ratios", "machine")}},
+        )
     return result

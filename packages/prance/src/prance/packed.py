@@ -1,17 +1,19 @@
 """The packed path: the live tokens of all images in one matrix, so that products stay large. Inference.
 
-Rows of images that share a width go through one product; attention runs image by image, images with the same number
-of tokens together, or as one call of variable-length attention where that exists (CUDA) and all tokens weigh the same.
+Rows of images that share a width go through one product. Where few rows share one, a product of several widths, padded
+with zeros, costs less than several small products (`gathered`). Attention runs image by image, images with the same
+number of tokens together, or as one call of variable-length attention where that exists (CUDA) and all tokens weigh
+the same.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from prance.decision import Decision
 from prance.engine import Attended
@@ -27,6 +29,13 @@ from prance.sliced import (
 )
 from prance.supernet import Block, MetaViT
 from prance.tokens import Mean, TokenBatch
+
+SMALL, SMALL_CUDA = 16, 512
+"""rows whose product costs what a product costs beside its rows (measured on a CPU; estimated for a GPU)"""
+IN_ORDER = 32
+"""images up to which a single product leaves the rows where they are"""
+Run = tuple[tuple[int, ...], int, int]
+"""(key, first row, row after the last)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +79,21 @@ class Packed:
         weights = self.net.blocks[block]
         assert isinstance(weights, Block)
         heads, embed = self.net.space.heads, decision.embed[:, block]
+        together = self.gathered(flow, embed[:, None], lambda key: key[0])
         parts = []
-        for where, (width,) in self.alike(flow, embed):
-            normed = sliced_norm(weights.norm1, take(flow.x, where)[:, :width])
+        for where, runs in together:
+            normed = run_norm(weights.norm1, take(flow.x, where), runs)
             parts.append((where, queries_keys_values(weights, normed, heads).flatten(1)))
         qkv = assembled(parts, len(flow.x), parts[0][1].shape[1]).view(len(flow.x), 3, heads, -1)
         out = self.attention(qkv, flow).flatten(1)
         parts = []
-        for where, (width,) in self.alike(flow, embed):
+        for where, runs in together:
+            width = widest(runs, 0)
             y = sliced_linear(weights.proj, take(out, where), width)
             if weights.scale1 is not None:
                 y = y * weights.scale1[:width]
-            parts.append((where, take(flow.x, where)[:, :width] + y))
+            y += take(flow.x, where)[:, :width]
+            parts.append((where, cut_runs(y, runs, 0)))
         x = assembled(parts, len(flow.x), int(embed.max()))
         ranks = self.scores(qkv, flow) if scores else None
         keys = None
@@ -128,18 +140,18 @@ class Packed:
         assert isinstance(weights, Block)
         key = torch.stack([decision.embed[:, block], decision.hidden[:, block], decision.output[:, block]], 1)
         parts = []
-        for where, (width, hidden, out) in self.alike(flow, key):
-            x = take(flow.x, where)[:, :width]
-            y = F.gelu(sliced_linear(weights.fc1, sliced_norm(weights.norm2, x), hidden))
-            y = sliced_linear(weights.fc2, y, out)
+        for where, runs in self.gathered(flow, key, lambda key: key[1] * (key[0] + key[2])):
+            x, out = take(flow.x, where), widest(runs, 2)
+            y = sliced_linear(weights.fc1, run_norm(weights.norm2, x, runs), widest(runs, 1))
+            y = sliced_linear(weights.fc2, cut_runs(F.gelu(y), runs, 1), out)
             if weights.scale2 is not None:
                 y = y * weights.scale2[:out]
             if weights.residual is not None:
-                y = y + sliced_linear(weights.residual, x, out)
+                y += sliced_linear(weights.residual, x[:, : widest(runs, 0)], out)
             else:
-                shared = min(width, out)
+                shared = min(x.shape[1], out)
                 y[:, :shared] += x[:, :shared]
-            parts.append((where, y))
+            parts.append((where, cut_runs(y, runs, 2)))
         return dataclasses.replace(flow, x=assembled(parts, len(flow.x), int(key[:, 2].max())))
 
     @torch.no_grad()
@@ -177,6 +189,51 @@ class Packed:
         for number, value in enumerate(values.tolist()):
             yield (of_row == number).nonzero().flatten().to(flow.x.device), value
 
+    def gathered(
+        self, flow: Rows, key: Int[Tensor, "batch fields"], cost: Callable[[tuple[int, ...]], int]
+    ) -> list[tuple[Tensor | None, list[Run]]]:
+        """(row numbers, None for all in their order; runs of rows that share a key) for every product.
+
+        A key joins the product of larger ones when its rows, padded, cost less than a product of their own: a product
+        of few rows costs as much as one of `SMALL` rows more.
+
+        Args:
+            cost: of one row.
+        """
+        values, group = key.unique(dim=0, return_inverse=True)
+        keys = [tuple(value) for value in values.tolist()]
+        rows = torch.zeros(len(keys), dtype=torch.long).index_add(0, group, flow.count).tolist()
+        small = SMALL_CUDA if flow.x.is_cuda else SMALL
+        joined: list[list[int]] = []
+        for number in sorted(range(len(keys)), key=lambda i: cost(keys[i]), reverse=True):
+            own = cost(keys[number])
+            if joined:
+                members = [*joined[-1], number]
+                largest = tuple(max(field) for field in zip(*(keys[i] for i in members), strict=True))
+                before = tuple(max(field) for field in zip(*(keys[i] for i in joined[-1]), strict=True))
+                extra = rows[number] * (cost(largest) - own)
+                extra += sum(rows[i] for i in joined[-1]) * (cost(largest) - cost(before))
+                if extra <= small * own:
+                    joined[-1].append(number)
+                    continue
+            joined.append([number])
+        if len(joined) == 1 and len(group) <= IN_ORDER:
+            runs = [
+                (keys[number], start, start + n)
+                for number, start, n in zip(group.tolist(), flow.starts.tolist(), flow.count.tolist(), strict=False)
+            ]
+            return [(None, [(keys[0], 0, len(flow.x))] if len(keys) == 1 else runs)]
+        if len(keys) == 1:
+            return [(None, [(keys[0], 0, len(flow.x))])]
+        of_row = group.repeat_interleave(flow.count)
+        places = [(of_row == number).nonzero().flatten() for number in range(len(keys))]
+        made: list[tuple[Tensor | None, list[Run]]] = []
+        for members in joined:
+            ends = torch.tensor([rows[i] for i in members]).cumsum(0).tolist()
+            runs = [(keys[i], end - rows[i], end) for i, end in zip(members, ends, strict=True)]
+            made.append((torch.cat([places[i] for i in members]).to(flow.x.device), runs))
+        return made
+
     def same_count(self, flow: Rows) -> Iterator[tuple[Tensor, Tensor | None, int]]:
         """(images, their row numbers or None for all, their number of tokens) for every number that occurs."""
         counts = flow.count.unique().tolist()
@@ -198,6 +255,29 @@ class Packed:
         return whole.view(batch, slots, *rows.shape[1:])
 
 
+def widest(runs: list[Run], field: int) -> int:
+    """The largest value of a field of the key."""
+    return max(key[field] for key, _, _ in runs)
+
+
+def run_norm(norm: nn.LayerNorm, x: Float[Tensor, "rows channels"], runs: list[Run]) -> Float[Tensor, "rows widest"]:
+    """Layer norm of every run over its own width, the key's first field; zero beyond."""
+    if len(runs) == 1:
+        return sliced_norm(norm, x[:, : runs[0][0][0]])
+    whole = x.new_zeros(len(x), widest(runs, 0))
+    for (width, *_), start, end in runs:
+        whole[start:end, :width] = sliced_norm(norm, x[start:end, :width])
+    return whole
+
+
+def cut_runs(x: Float[Tensor, "rows channels"], runs: list[Run], field: int) -> Float[Tensor, "rows channels"]:
+    """With zeros in every run beyond a field of its key, in place."""
+    for key, start, end in runs:
+        if key[field] < x.shape[1]:
+            x[start:end, key[field] :] = 0
+    return x
+
+
 def take(rows: Tensor, where: Tensor | None) -> Tensor:
     """Some rows; None takes all without a copy."""
     return rows if where is None else rows.index_select(0, where)
@@ -215,7 +295,7 @@ def assembled(parts: list[tuple[Tensor | None, Tensor]], rows: int, shape: Any) 
         if where is None:
             view.copy_(part)
         else:
-            view[where] = part
+            view.index_copy_(0, where, part)
     return whole
 
 

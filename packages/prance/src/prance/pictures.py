@@ -22,9 +22,7 @@ TINT = 0.4
 """share of the group's colour in a merged patch"""
 
 
-def patch_groups(
-    assignment: Int[Tensor, " tokens"], prefix: int, side: int
-) -> Int[np.ndarray, "side side"]:
+def patch_groups(assignment: Int[Tensor, " tokens"], prefix: int, side: int) -> Int[np.ndarray, "side side"]:
     """For every patch of the image -1 when it was dropped, 0 when it stands alone, else the number of its group.
 
     Groups are numbered from 1, the one with the most patches first. Patches that a prefix token took up are dropped.
