@@ -16,7 +16,7 @@ from tmpqdm.groups import TimestepGroups
 from tmpqdm.plan import Plan
 from tmpqdm.sampling import Sampling
 from tmpqdm.scores import PairedScore, Scored
-from tmpqdm.search import SearchConfig, find, find_front, search, start_genomes
+from tmpqdm.joint import SearchConfig, find, find_front, search, start_genomes
 from tmpqdm.sensitivity import recommended_bits, sweep
 from tmpqdm.solver import PrecisionSolver
 from tmpqdm.space import Budget, SearchSpace

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from papercore.errors import InputError
 
 from tmpqdm.calibration import trajectory
-from tmpqdm.search import evaluate_settings
+from tmpqdm.joint import evaluate_settings
 
 if TYPE_CHECKING:
     from tmpqdm.plan import Plan

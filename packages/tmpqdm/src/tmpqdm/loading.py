@@ -21,7 +21,8 @@ def load_model(path: Path) -> nn.Module:
 
     Args:
         path: a folder with config.json and safetensors, a pipeline folder with `unet` or `transformer` in it, or
-            NAME.safetensors with NAME.json beside it, whose "config" is the diffusers configuration.
+            NAME.safetensors with NAME.json beside it, whose "config" is the diffusers configuration; or the weights
+            of one of the networks of `mnist`.
 
     Raises:
         InputError: missing, damaged, or no UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel.
@@ -39,6 +40,12 @@ def load_model(path: Path) -> nn.Module:
             raise InputError("weights", where=weights, found="nothing", expected="a safetensors file")
     else:
         where, weights = path.with_suffix(".json"), path
+        if not where.exists():
+            from tmpqdm.mnist import load_mnist
+
+            known = load_mnist(path)
+            if known is not None:
+                return known
         config = read_json(where)
         config = config.get("config") if isinstance(config, dict) else None
     if isinstance(config, dict) and "_class_name" not in config and "num_embeds_ada_norm" in config:

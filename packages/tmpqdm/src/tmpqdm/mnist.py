@@ -41,6 +41,7 @@ class MnistUNet(nn.Module):
 
     low = 0.0
     """smallest value of a clean picture; the largest is 1"""
+    input_shape = (1, SIDE, SIDE)
 
     def __init__(self, channels: tuple[int, ...] = (10, 20, 40, 80)) -> None:
         super().__init__()
@@ -121,6 +122,7 @@ class MnistDiT(nn.Module):
 
     low = -1.0
     classes = 10
+    input_shape = (1, SIDE, SIDE)
 
     def __init__(self, width: int = 64, depth: int = 3, heads: int = 4, patch: int = 4) -> None:
         super().__init__()

@@ -60,6 +60,9 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
     Raises:
         InputError: not a family that is known.
     """
+    known = getattr(model, "input_shape", None)
+    if known is not None:
+        return known
     if type(model).__name__ not in FAMILIES:
         raise InputError(
             "model", found=type(model).__name__, expected=f"one of {', '.join(FAMILIES)}", hint="give an example"
@@ -79,7 +82,7 @@ def example_inputs(model: nn.Module, batch: int = 1) -> tuple[Tensor, Tensor, di
         InputError: not a family that is known, or one with conditions that its configuration does not describe.
     """
     shape = input_shape(model)
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
 
@@ -88,6 +91,8 @@ def example_inputs(model: nn.Module, batch: int = 1) -> tuple[Tensor, Tensor, di
 
     cond: dict[str, Tensor] = {}
     kind = type(model).__name__
+    if getattr(model, "classes", None):
+        cond["class_labels"] = torch.zeros(batch, dtype=torch.long, device=parameter.device)
     classes = torch.zeros(batch, dtype=torch.long, device=parameter.device)
     if kind == "DiTTransformer2DModel" or (getattr(config, "class_embed_type", None) is None
                                            and getattr(config, "num_class_embeds", None)):  # fmt: skip

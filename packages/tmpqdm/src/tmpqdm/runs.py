@@ -17,7 +17,7 @@ from papercore.rundir import read_json, write_json
 from tmpqdm.plan import Plan
 
 if TYPE_CHECKING:
-    from tmpqdm.search import SearchResult
+    from tmpqdm.joint import SearchResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Found:
 
 def write_found(folder: Path, name: str, result: "SearchResult") -> None:
     """Writes plan and archive of one budget."""
-    from tmpqdm.search import plan_bitops
+    from tmpqdm.joint import plan_bitops
 
     archive = [
         {
