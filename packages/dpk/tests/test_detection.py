@@ -1,9 +1,12 @@
 """The pyramid of a detector as taps."""
 
+import math
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from dpk import DPK, KD, AttentionTransfer, FitNet, ReviewKD
 from dpk.coco import coco_sample
 from dpk.detection import NeckDistiller, pyramid
 from papercore.errors import InputError
@@ -63,6 +66,45 @@ def test_a_step_lowers_the_levels_losses(distiller):
     assert values[-1] < values[0]
 
 
+def test_both_see_one_picture_whatever_size_the_student_draws():
+    """torchvision draws the size of the pictures anew in every training step."""
+    student = detector(0)
+    student.transform.min_size = (64, 48, 32)
+    drawn = NeckDistiller(student.train(), detector(1), size=(64, 96))
+    images, targets = sample()
+    shapes = []
+    handle = drawn.teacher.backbone.register_forward_hook(lambda m, x, y: shapes.append(tuple(y["0"].shape)))
+    mine = student.backbone.register_forward_hook(lambda m, x, y: shapes.append(tuple(y["0"].shape)))
+    for _ in range(6):
+        drawn(images, targets)
+    handle.remove()
+    mine.remove()
+    assert shapes[::2] == shapes[1::2]
+    assert len(set(shapes)) > 1
+    info = drawn.method.info()
+    assert info["rho"].shape == (5,)
+    assert float(info["tokenwise"]) == 1  # two images are too few for CKA over images
+    drawn(*sample(4))
+    assert float(drawn.method.info()["tokenwise"]) == 0
+    drawn.epoch(1)
+    assert drawn.student_state_dict().keys() == detector(2).state_dict().keys()
+    assert len(drawn.trainable_parameters()) > len([p for p in student.parameters() if p.requires_grad])
+
+
+def test_other_methods_of_features_and_those_that_need_logits():
+    student = detector(0).train()
+    for method in (FitNet(ce_weight=0), ReviewKD(ce_weight=0), AttentionTransfer(ce_weight=0)):
+        losses = NeckDistiller(student, detector(1), method, levels=["1", "2"], size=(64, 96))(*sample())
+        assert sum(name.startswith("dpk.") for name in losses) == 2
+    for method in (FitNet(), KD(ce_weight=0), DPK(ce_weight=0, logit="kd")):
+        with pytest.raises(InputError, match="ce_weight=0"):
+            NeckDistiller(student, detector(1), method)
+    with pytest.raises(InputError, match="in evaluation mode"):
+        NeckDistiller(student.eval(), detector(1), size=(64, 96))(*sample())
+    with pytest.raises(InputError, match="the student itself"):
+        NeckDistiller(student, student)
+
+
 def test_networks_without_a_pyramid():
     with pytest.raises(InputError, match="with a backbone"):
         pyramid(torch.nn.Linear(2, 2), torch.zeros(1, 3, 8, 8))
@@ -85,6 +127,16 @@ def test_pictures_of_coco():
     student, teacher = detector(0, 81), detector(1, 81)
     losses = NeckDistiller(student.train(), teacher)(images, targets)
     assert all(bool(torch.isfinite(loss)) for loss in losses.values())
+
+
+def test_the_example_on_coco_runs():
+    if not (DATA / "images" / "coco128").is_dir():
+        pytest.skip("no sample of COCO beside the repository")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "detect_coco.py"))
+    log = example["main"]([str(DATA), "--teacher", "resnet18", "--steps", "2", "--batch-size", "2", "--size", "64"])
+    assert len(log) == 2
+    assert all(math.isfinite(value) for record in log for value in record.values())
+    assert 0 <= log[0]["rho"] <= 0.9 + 1e-6
 
 
 def test_samples_of_coco_that_are_damaged(tmp_path):
