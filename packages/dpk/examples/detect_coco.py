@@ -1,6 +1,6 @@
 """A Faster R-CNN with a ResNet-18 learns from one with a ResNet-50, on the sample of COCO in a data folder.
 
-    python packages/dpk/examples/detect_coco.py DATA [--teacher-weights FILE] [--steps 20] [--batch-size 4] [--device cpu]
+    python packages/dpk/examples/detect_coco.py DATA [--teacher-weights FILE] [--steps 20] [--device cpu]
 
 Both are torchvision's detectors with feature pyramids. Without trained weights for the teacher the steps show how the
 parts fit together and nothing about accuracy. A step on one processor core takes some seconds.
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from dpk.coco import coco_sample
 from dpk.detection import NeckDistiller
+from dpk.dpk_method import DPK
 from papercore.weights import load_exactly, read_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     student, teacher = (detector(name, len(names) + 1, given.size, seed=1) for name in ("resnet18", given.teacher))
     if given.teacher_weights is not None:
         load_exactly(teacher, read_tensors(given.teacher_weights), given.teacher_weights)
-    distiller = NeckDistiller(student.train(), teacher, size=(given.size, given.size)).to(given.device)
+    # normalised, because the features of random weights are large
+    method = DPK(integrator="conv", samples="auto", ce_weight=0.0, target_norm="layernorm")
+    distiller = NeckDistiller(student.train(), teacher, method, size=(given.size, given.size)).to(given.device)
     optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
     log = []
     for step in range(given.steps):
