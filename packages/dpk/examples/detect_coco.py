@@ -14,6 +14,7 @@ import torch
 from dpk.coco import coco_sample
 from dpk.detection import NeckDistiller
 from dpk.dpk_method import DPK
+from papercore.cli import write
 from papercore.weights import load_exactly, read_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -60,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
         log.append({name: float(loss.detach()) for name, loss in losses.items()} | {"rho": float(info["rho"].mean())})
         own = sum(value for name, value in log[-1].items() if name.startswith("loss_"))
         levels = sum(value for name, value in log[-1].items() if name.startswith("dpk."))
-        print(
-            f"step {step}: detector {own:.3f}, levels {levels:.3f}, rho {[round(r, 2) for r in info['rho'].tolist()]}"
-        )
+        shares = ", ".join(f"{share:.2f}" for share in info["rho"].tolist())
+        write(f"step {step}: detector {own:.3f}, levels {levels:.3f}, rho {shares}
+")
     return log
 
 
