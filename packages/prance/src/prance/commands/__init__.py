@@ -1,0 +1,1 @@
+"""Commands of `prance`, one file for each subject."""
