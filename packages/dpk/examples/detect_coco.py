@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
         own = sum(value for name, value in log[-1].items() if name.startswith("loss_"))
         levels = sum(value for name, value in log[-1].items() if name.startswith("dpk."))
         shares = ", ".join(f"{share:.2f}" for share in info["rho"].tolist())
-        write(f"step {step}: detector {own:.3f}, levels {levels:.3f}, rho {shares}
-")
+        write(f"step {step}: detector {own:.3f}, levels {levels:.3f}, rho {shares}\n")
     return log
 
 
