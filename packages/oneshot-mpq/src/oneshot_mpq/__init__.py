@@ -21,11 +21,13 @@ _WHERE = {
     "QuantLayer": "oneshot_mpq.layers",
     "Supernet": "oneshot_mpq.supernet",
     "TrainConfig": "oneshot_mpq.fit",
+    "export_onnx": "oneshot_mpq.export",
     "fit": "oneshot_mpq.fit",
     "freeze": "oneshot_mpq.freeze",
     "load_supernet": "oneshot_mpq.checkpoint",
     "lsq_fake_quantize": "oneshot_mpq.quantize",
     "recalibrate": "oneshot_mpq.recalibrate",
+    "report": "oneshot_mpq.report",
     "save_supernet": "oneshot_mpq.checkpoint",
     "search": "oneshot_mpq.search",
 }
@@ -40,11 +42,13 @@ __all__ = [
     "QuantLayer",
     "Supernet",
     "TrainConfig",
+    "export_onnx",
     "fit",
     "freeze",
     "load_supernet",
     "lsq_fake_quantize",
     "recalibrate",
+    "report",
     "save_supernet",
     "search",
 ]
@@ -54,12 +58,14 @@ if TYPE_CHECKING:
     from oneshot_mpq.bitconfig import BitConfig
     from oneshot_mpq.checkpoint import load_supernet, save_supernet
     from oneshot_mpq.cost import Cost, CostModel
+    from oneshot_mpq.export import export_onnx
     from oneshot_mpq.fit import TrainConfig, fit
     from oneshot_mpq.freeze import freeze
     from oneshot_mpq.layers import QuantLayer
     from oneshot_mpq.lsq import LSQ
     from oneshot_mpq.quantize import lsq_fake_quantize
     from oneshot_mpq.recalibrate import recalibrate
+    from oneshot_mpq.report import report
     from oneshot_mpq.schedule import FreezeScheduler
     from oneshot_mpq.search import search
     from oneshot_mpq.supernet import Supernet
