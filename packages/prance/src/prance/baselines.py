@@ -183,7 +183,7 @@ def _suggested(trial: Any, space: SearchSpace, tokens: Tokens | None, least: flo
         if tokens is not None and mode in tokens.split("_"):
             for point in range(len(values)):
                 values[point] = trial.suggest_float(f"{mode}{point}", least, 1.0)
-    return Decision.static(space, embed, ratio, **keep)
+    return Decision.static(space, embed, ratio, prune=keep["prune"], merge=keep["merge"])
 
 
 def _storage(storage: Path | str | None) -> Any:

@@ -66,12 +66,12 @@ class Sizes:
         return SearchSpace.reference("small")
 
     def network(self) -> MetaViT:
-        options = {"image_size": 32, "patch_size": 8} if self.tiny else {}
+        options: dict[str, Any] = {"image_size": 32, "patch_size": 8} if self.tiny else {}
         return MetaViT(self.space, 10 if self.tiny else 1000, **options).eval()
 
     def deit(self) -> Any:
         if self.tiny:
-            options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 6}
+            options: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 6}
             return timm.create_model("vit_tiny_patch16_224", num_classes=10, **options).eval()
         return timm.create_model("deit_small_patch16_224").eval()
 

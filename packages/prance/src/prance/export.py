@@ -112,8 +112,8 @@ class StaticViT(nn.Module):
                 share = decision.prune[:, net.space.points.index(i)]
                 pruned = int(keep_count(share, before[:, i], net.least))
                 reduction = Reduction(pruned, kept, net.prefix, mean)
-            widths = (int(v[0, i]) for v in (decision.embed, decision.hidden, decision.output))
-            blocks.append(StaticBlock(source, *widths, net.space.heads, reduction))
+            own, hidden, out = (int(v[0, i]) for v in (decision.embed, decision.hidden, decision.output))
+            blocks.append(StaticBlock(source, own, hidden, out, net.space.heads, reduction))
         self.blocks = nn.ModuleList(blocks)
         self.norm = None if net.norm is None else cut_norm(net.norm, last)
         self.fc_norm = None if net.fc_norm is None else cut_norm(net.fc_norm, last)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prance.decision import Decision
+from prance.decision import Decision, keep_count
 from prance.engine import Attended
 from prance.sliced import (
     attention_scores,
@@ -48,6 +48,8 @@ class Rows:
     count: Int[Tensor, " batch"]
     """of every image, on the CPU"""
     origin: Int[Tensor, "batch original"]
+    plain: bool = True
+    """no token of any image has been merged: all sizes are 1, known without asking the device"""
 
     @property
     def starts(self) -> Tensor:
@@ -104,12 +106,12 @@ class Packed:
 
     def attention(self, qkv: Float[Tensor, "tokens three heads channels"], flow: Rows) -> Tensor:
         """[tokens, heads, channels]"""
-        if qkv.is_cuda and bool((flow.size == 1).all()):
+        if qkv.is_cuda and flow.plain:
             return _variable_length_attention(qkv, flow)
         parts = []
         for images, where, n in self.same_count(flow):
             q, k, v = take(qkv, where).unflatten(0, (len(images), n)).permute(2, 0, 3, 1, 4)
-            bias = size_bias(take(flow.size, where).view(len(images), n))
+            bias = None if flow.plain else size_bias(take(flow.size, where).view(len(images), n))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
             parts.append((where, out.transpose(1, 2).flatten(0, 1)))
         return assembled(parts, len(qkv), qkv.shape[2:])
@@ -119,7 +121,7 @@ class Packed:
         parts = []
         for images, where, n in self.same_count(flow):
             q, k, _ = take(qkv, where).unflatten(0, (len(images), n)).permute(2, 0, 3, 1, 4)
-            bias = size_bias(take(flow.size, where).view(len(images), n))
+            bias = None if flow.plain else size_bias(take(flow.size, where).view(len(images), n))
             alive = torch.ones(len(images), n, dtype=torch.bool, device=q.device)
             parts.append((where, attention_scores(q, k, bias, self.net.prefix, alive).reshape(-1, 1)))
         return assembled(parts, len(qkv), 1)[:, 0]
@@ -132,7 +134,9 @@ class Packed:
         tokens = TokenBatch(x, size, flow.count, flow.origin)
         tokens = reduced(tokens, ranks, decision, point, self.net, self.mean)
         live = tokens.alive
-        return Rows(tokens.x[live], tokens.size[live], tokens.count, tokens.origin)
+        pruned = keep_count(decision.prune[:, point], flow.count, self.net.least)
+        plain = flow.plain and torch.equal(tokens.count, pruned)
+        return Rows(tokens.x[live], tokens.size[live], tokens.count, tokens.origin, plain)
 
     @torch.no_grad()
     def feed(self, block: int, flow: Rows, decision: Decision) -> Rows:

@@ -152,6 +152,7 @@ def macs_histogram(
         InputError: no images, or another number of them.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if len(cost) == 0 or len(cost) != len(images):
         raise InputError("images", found=len(images), expected=f"{max(1, len(cost))}, as many as MACs")
@@ -162,7 +163,7 @@ def macs_histogram(
     figure = Figure(figsize=(1.25 * shown + 0.5, 5.8), layout="constrained")
     grid = figure.add_gridspec(4, shown, height_ratios=[2.2, 1, 1, 0.01])
     axis = figure.add_subplot(grid[0, :])
-    edges = np.histogram_bin_edges(values, bins=min(40, max(5, len(values) // 4)))
+    edges = np.histogram_bin_edges(values, bins=min(40, max(5, len(values) // 4))).tolist()
     if correct is None:
         axis.hist(values, edges, color="#4477aa")
     else:
@@ -172,6 +173,7 @@ def macs_histogram(
     axis.axvline(values.mean(), color="black", linestyle="--", linewidth=1)
     axis.set_xlabel(f"{name} an image (dashed: mean {values.mean():.3g})", fontsize=9)
     axis.set_ylabel("images", fontsize=9)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     ends = {"fewest": order[:shown], "most": order[::-1][:shown]}
     for line, (end, chosen) in enumerate(ends.items(), start=1):
         for column, index in enumerate(chosen):

@@ -57,7 +57,8 @@ def static_decision(
     from prance.decision import Decision
 
     given = {"embed": embed, "mlp-ratio": mlp_ratio, "prune": prune, "merge": merge}
-    lengths = dict.fromkeys(("embed", "mlp-ratio"), space.depth) | dict.fromkeys(("prune", "merge"), len(space.points))
+    depth, points = space.depth, len(space.points)
+    lengths = {"embed": depth, "mlp-ratio": depth, "prune": points, "merge": points}
     defaults = {"embed": space.embed[-1], "mlp-ratio": space.mlp_ratio[-1], "prune": 1.0, "merge": 1.0}
     rows = {}
     for name, values in given.items():
