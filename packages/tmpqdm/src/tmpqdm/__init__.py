@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from tmpqdm.cost import CostModel
     from tmpqdm.evaluate import evaluate_plan
     from tmpqdm.groups import TimestepGroups
+    from tmpqdm.joint import search
     from tmpqdm.plan import Plan
     from tmpqdm.schedulers import NonUniformDDIMScheduler
     from tmpqdm.scores import frechet_score
-    from tmpqdm.joint import search
     from tmpqdm.solver import PrecisionSolver
     from tmpqdm.space import Budget, SearchSpace
 

@@ -18,13 +18,13 @@ from torch import nn
 from tmpqdm.calibration import CalibrationSet, collect_calibration
 from tmpqdm.cost import CostModel
 from tmpqdm.groups import TimestepGroups
+from tmpqdm.joint import SearchConfig, find
 from tmpqdm.loading import load_model, load_scheduler
 from tmpqdm.plan import Plan
 from tmpqdm.report import front_table, sections
 from tmpqdm.runs import Found, read_found, read_run, write_found, write_run
 from tmpqdm.sampling import Sampling
 from tmpqdm.scores import FrechetScore, frechet_score
-from tmpqdm.joint import SearchConfig, find
 from tmpqdm.sensitivity import Sensitivity, sweep
 from tmpqdm.solver import PrecisionSolver
 from tmpqdm.space import Budget
@@ -182,12 +182,12 @@ def search_run(
     elif kept.exists():
         calibration = CalibrationSet.load(kept)
     else:
-        say("sampling calibration inputs on the timesteps of the groups")
+        # not on lists drawn from the groups: some make the sampler overshoot, and whole ranges would take that in
+        say("sampling calibration inputs")
         calibration = collect_calibration(
             model,
             scheduler,
             samples=calibration_samples,
-            timesteps=chosen,
             labels=list(score_options.labels) or None,
             guidance=score_options.guidance,
             seed=config.seed,

@@ -61,7 +61,7 @@ class Search(Scoring):
     solver: Path | None = None
     """file of tmpqdm calibrate; none: whole ranges, calibrated here"""
     calibration: Path | None = None
-    """calibration set; none: sampled here, on the timesteps of the groups"""
+    """calibration set; none: sampled here, 20 of 100 steps of every trajectory"""
     calibration_samples: int = 32
     """trajectories to sample for it"""
     bits: tuple[int, ...] = (8, 7, 6, 5)
