@@ -52,6 +52,9 @@ def compare(
         config: its seed is replaced.
         example: an input for the networks.
 
+    Returns:
+        A row for every method; none in all but the first of several processes.
+
     Raises:
         InputError: no method or seed, or a seed twice.
     """
@@ -76,12 +79,15 @@ def compare(
                 label=f"{name}, seed {seed}",
                 provenance={"compared": name},
             )
+            if not result.is_main:
+                continue
             assert result.last is not None
             assert result.best is not None
             last.append(result.last.top1)
             best.append(result.best[0])
             seconds.append(result.seconds)
-        compared.append(Compared(name, last, best, seconds))
+        if last:
+            compared.append(Compared(name, last, best, seconds))
     return compared
 
 

@@ -73,6 +73,7 @@ def convert_config(path: Path) -> Converted:
     recipe: dict[str, Any] = {
         "student": student,
         **({} if kind == "NONE" else {"teacher": teacher}),
+        **({"pairs": hint(section("FITNET"), get, student, teacher)} if kind == "FITNET" else {}),
         "dataset": data,
         "method": TYPES[kind],
         "options": options(kind, section, get),
@@ -82,7 +83,7 @@ def convert_config(path: Path) -> Converted:
             "learning_rate": float(get(solver, "SOLVER", "LR", 0.05)),
             "milestones": stages,
             "gamma": float(get(solver, "SOLVER", "LR_DECAY_RATE", 0.1)),
-            "weight_decay": float(get(solver, "SOLVER", "WEIGHT_DECAY", 5e-4)),
+            "weight_decay": float(get(solver, "SOLVER", "WEIGHT_DECAY", 1e-4)),
             "momentum": float(get(solver, "SOLVER", "MOMENTUM", 0.9)),
         },
     }
@@ -124,6 +125,17 @@ def options(kind: str, section: Any, get: Any) -> dict[str, Any]:
             "preactivation": bool(get(of, "REVIEWKD", "STU_PREACT", False)),
         }
     return {}
+
+
+def hint(of: Mapping[str, Any], get: Any, student: str, teacher: str) -> list[dict[str, str]]:
+    """The one pair of taps that a hint layer stands for."""
+    from dpk.protocol import stage_name
+
+    stage = int(get(of, "FITNET", "HINT_LAYER", 2))
+    try:
+        return [{"student": stage_name(student, stage), "teacher": stage_name(teacher, stage)}]
+    except IndexError:
+        raise InputError("FITNET.HINT_LAYER", found=stage, expected="0 to 4") from None
 
 
 def network(name: Any, key: str, path: Path) -> str:

@@ -1,14 +1,11 @@
-"""Networks and data sets from what a command is given."""
+"""Networks with weights from files."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from papercore.errors import InputError
 from papercore.weights import load_exactly, read_tensors
-from torch import Tensor, nn
+from torch import nn
 
-from dpk.data import Normalise, Pictures, Source, normalisation, read
 from dpk.networks import create_model
 
 
@@ -29,30 +26,3 @@ def load_network(name: str, classes: int, weights: Path | None, seed: int = 0) -
     if weights is not None:
         load_exactly(model, read_tensors(weights), weights)
     return model
-
-
-def load_data(
-    source: Source, data: Path | None, *, size: int | None = None, limit: int | None = None
-) -> tuple[Pictures, Pictures, Normalise, Tensor]:
-    """(training part, test part, how they are prepared, an example input of two images).
-
-    Args:
-        limit: take no more than so many of each part.
-
-    Raises:
-        InputError: see `dpk.data.read`.
-    """
-    if limit is not None and limit < 1:
-        raise InputError("--limit", found=limit, expected="at least 1")
-    parts = [read(source, data, part, size=size) for part in ("train", "test")]
-    if limit is not None:
-        parts = [Pictures(part.images[:limit], part.labels[:limit], part.names) for part in parts]
-    prepare = normalisation(source, parts[0].images.shape[-1])
-    example = prepare(parts[0].images[:2], None)
-    return parts[0], parts[1], prepare, example
-
-
-def batches_of(part: Pictures, prepare: Normalise, size: int) -> Any:
-    """The images of a part as networks take them, a batch at a time."""
-    for images in part.images.split(size):
-        yield prepare(images, None)

@@ -55,10 +55,21 @@ def method_options(method: str, pair: ProtocolPair | None = None) -> dict[str, A
         beta = 8.0 if pair is None else pair.dkd_beta
         return {"alpha": 1.0, "beta": beta, "temperature": 4.0, "warmup": 20}
     if method == "fitnet":
-        return {"weight": 100.0, "stages": 2}
+        if pair is None:
+            return {"weight": 100.0, "stages": 1}
+        return {"weight": 100.0, "pairs": [[stage_name(network, 2) for network in (pair.student, pair.teacher)]]}
     if method == "at":
         return {"weight": 1000.0, "power": 2}
     if method == "reviewkd":
         weight = 5.0 if pair is None or pair.review_weight is None else pair.review_weight
         return {"weight": weight, "warmup": 20}
     return {}
+
+
+def stage_name(network: str, stage: int) -> str:
+    """The module that ends a stage of a network of the protocol, as its authors number them: 0 is the stem."""
+    if network == "mobilenetv2":
+        return ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")[stage]
+    if stage == 0 and not network.startswith("vgg"):
+        return "conv1"
+    return f"{'block' if network.startswith(('vgg', 'wrn')) else 'layer'}{stage}"

@@ -1,118 +1,150 @@
 """`dpk compare`, `dpk cka`, `dpk convert-config`, `dpk benchmark`."""
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from papercore import cli
 from papercore.errors import InputError
-from papercore.rundir import check_output_folder
+from papercore.rundir import check_output_file, check_output_folder
 
-Source = Literal["digits", "cifar10", "cifar100", "npz", "folder"]
-Device = Literal["auto", "cpu", "cuda"]
+from dpk.commands.options import Dataset, Device, Positional, make_network, pick_device, read_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare(cli.Command):
-    """Train several methods with the same seeds and print one table."""
+    """Train several methods with the same seeds and print one table.
 
-    student: str = "digits_student"
-    """network, see `dpk train --help`"""
-    teacher: str = "digits_large"
+    Methods have the settings of the CIFAR-100 protocol, the recipe's own method the recipe's. Finished students in
+    --out are only loaded, so that methods and seeds can be added.
+    """
+
+    out: Path
+    """folder for table.json and a folder for every method and seed"""
+    methods: str = "ce,kd,fitnet,dpk"
+    """names separated by commas: ce, kd, dkd, fitnet, at, reviewkd, dpk"""
+    recipe: str = ""
+    """file, or name of one that comes with the package: networks, data set, solver; none: 25 epochs on digits"""
+    student: str = ""
+    """network, as for train"""
+    teacher: str = ""
     """network"""
     teacher_weights: Path | None = None
-    """safetensors file of the trained teacher"""
-    methods: str = "ce,kd,fitnet,dpk"
-    """names separated by commas: ce, kd, dkd, fitnet, at, reviewkd, dpk; with the protocol's settings"""
-    dataset: Source = "digits"
-    """what is learned"""
+    """safetensors of the teacher; needed unless the only method is ce"""
+    dataset: Dataset | Literal[""] = ""
+    """what --data holds; digits are embedded"""
     data: Path | None = None
     """folder of the data set"""
-    out: Path = Path("dpk-compare")
-    """a folder for every method and seed, and table.json"""
+    size: int | None = None
+    """side of the pictures of a folder, in pixels"""
+    limit: int | None = None
+    """take no more than so many pictures of each part"""
     seeds: int = 3
     """students a method"""
-    epochs: int = 25
+    epochs: int | None = None
     """of every student"""
-    batch_size: int = 64
-    """images a step"""
-    learning_rate: float = 0.05
-    """at the start; falls as a cosine"""
-    limit: int | None = None
-    """take no more than so many images of each part"""
+    batch_size: int | None = None
+    """pictures a step, over all processes"""
+    learning_rate: float | None = None
+    """of the first epoch"""
     seed: int = 0
-    """the first of the seeds"""
+    """the first of the seeds: of weights, order of pictures, augmentation and masks"""
     device: Device = "auto"
     """where to compute"""
     resume: bool = True
-    """go on with what is in the folder"""
+    """go on with what is in --out; --no-resume starts anew"""
 
     def run(self) -> Mapping[str, Any]:
-        from papercore.rundir import write_json
-
-        from dpk.compare import compare, comparison_table
-        from dpk.loading import load_data, load_network
-        from dpk.protocol import PAIRS, method_options
-        from dpk.recipe import METHODS, Solver, make_method
-
         names = [name.strip() for name in self.methods.split(",") if name.strip()]
-        for name in names:
-            if name not in METHODS:
-                raise InputError("--methods", found=name, expected=", ".join(METHODS))
         if len(set(names)) != len(names) or not names:
             raise InputError("--methods", found=self.methods, expected="at least one, each once")
         if self.seeds < 1:
             raise InputError("--seeds", found=self.seeds, expected="at least 1")
         check_output_folder(self.out)
-        train, test, prepare, example = load_data(self.dataset, self.data, limit=self.limit)
-        teacher = load_network(self.teacher, train.classes, self.teacher_weights)
-        pair = next((p for p in PAIRS if (p.teacher, p.student) == (self.teacher, self.student)), None)
-        solver = Solver(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            schedule="cosine",
+        from papercore.rundir import write_json
+
+        from dpk.compare import compare, comparison_table
+        from dpk.data import normalisation
+        from dpk.method import Method
+        from dpk.protocol import PAIRS, method_options
+        from dpk.recipe import make_method
+
+        recipe = self.combined()
+        pair = next((p for p in PAIRS if (p.teacher, p.student) == (recipe.teacher, recipe.student)), None)
+        methods: dict[str, Callable[[], Method]] = {
+            name: lambda name=name: make_method(name, method_options(name, pair)) for name in names
+        }
+        if self.recipe and recipe.method in names:
+            methods[recipe.method] = recipe.build_method
+        needs_teacher = [name for name, make in methods.items() if make().needs_teacher]
+        if needs_teacher and (not recipe.teacher or recipe.teacher_weights is None):
+            raise InputError(f"method {needs_teacher[0]}", found="no trained teacher", expected="--teacher-weights")
+        train, test = read_parts(recipe.dataset, self.data, self.size, self.limit)
+        channels = train.images.shape[3]
+        teacher = (
+            make_network(recipe.teacher, train.classes, channels, 0, recipe.teacher_weights) if needs_teacher else None
         )
+        prepare = normalisation(recipe.dataset, channels)
         found = compare(
-            lambda seed: load_network(self.student, train.classes, None, seed),
+            lambda seed: make_network(recipe.student, train.classes, channels, seed),
             teacher,
-            {name: lambda name=name: make_method(name, method_options(name, pair)) for name in names},
+            methods,
             train,
             test,
-            solver.config(len(train), self.seed),
+            recipe.solver.config(len(train), self.seed),
             self.out,
             seeds=range(self.seed, self.seed + self.seeds),
-            example=example,
+            example=prepare(train.images[:2], None),
             prepare=prepare,
             device=self.device,
             resume=self.resume,
         )
+        if not found:
+            sys.exit(cli.DONE)  # one of several processes speaks
         write_json(self.out / "table.json", [dataclasses.asdict(row) for row in found])
-        warning = {} if self.teacher_weights is not None else {"note": "the teacher is untrained: --teacher-weights"}
-        return {"table": comparison_table(found), "out": self.out, **warning}
+        title = f"{recipe.student}" + (f" taught by {recipe.teacher}" if needs_teacher else "")
+        return {"table": comparison_table(found, f"{title}, {recipe.dataset}: top-1, percent"), "out": self.out}
+
+    def combined(self) -> Any:
+        """The recipe with the options that were given."""
+        from dpk.recipe import Recipe, Solver, read_recipe
+
+        if self.recipe:
+            recipe = read_recipe(self.recipe)
+        else:
+            solver = Solver(epochs=25, schedule="cosine", milestones=())
+            recipe = Recipe("digits_student", "digits_large", dataset="digits", solver=solver)
+        names = ("student", "teacher", "teacher_weights", "dataset")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) not in ("", None)}
+        names = ("epochs", "batch_size", "learning_rate")
+        solver = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, **solver), **changes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CKA(cli.Command):
     """Compare all layers of one network with all layers of another."""
 
-    first: str
-    """network, see `dpk train --help`"""
-    second: str
+    first: Positional[str]
+    """network, as for train"""
+    second: Positional[str]
     """network; may be the same"""
     first_weights: Path | None = None
     """safetensors file; none: fresh weights"""
     second_weights: Path | None = None
     """safetensors file; none: fresh weights"""
-    dataset: Source = "digits"
-    """whose test images are shown to both"""
+    dataset: Dataset = "digits"
+    """whose test pictures are shown to both"""
     data: Path | None = None
     """folder of the data set"""
+    size: int | None = None
+    """side of the pictures of a folder, in pixels"""
     images: int = 1024
-    """how many"""
+    """how many of them"""
     batch_size: int = 256
-    """images a minibatch, at least 4"""
+    """pictures a minibatch, at least 4"""
     layers: Literal["stages", "all"] = "stages"
     """stages: stem, stages, their blocks, classifier; all: every module that gives a tensor of its own"""
     out: Path = Path("dpk-cka")
@@ -123,36 +155,35 @@ class CKA(cli.Command):
     """where to compute"""
 
     def run(self) -> Mapping[str, Any]:
-        import torch
-
-        from dpk.cka_report import cka_matrix, write_report
-        from dpk.loading import batches_of, load_data, load_network
-
-        if self.batch_size < 4:
-            raise InputError("--batch-size", found=self.batch_size, expected="at least 4")
+        if self.batch_size < 4 or self.images < 4:
+            raise InputError("--batch-size, --images", found=(self.batch_size, self.images), expected="at least 4")
         check_output_folder(self.out)
-        _, test, prepare, _ = load_data(self.dataset, self.data, limit=self.images)
+        from dpk.cka_report import cka_matrix, write_report
+        from dpk.data import normalisation, read
+
+        pictures = read(self.dataset, self.data, "test", size=self.size)
+        channels = pictures.images.shape[3]
+        prepare = normalisation(self.dataset, channels)
         networks = [
-            load_network(name, test.classes, weights, seed)
+            make_network(name, pictures.classes, channels, seed, weights)
             for name, weights, seed in (
                 (self.first, self.first_weights, self.seed),
                 (self.second, self.second_weights, self.seed + 1),
             )
         ]
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         matrix = cka_matrix(
             networks[0],
             networks[1],
-            batches_of(test, prepare, self.batch_size),
+            (prepare(images, None) for images in pictures.images[: self.images].split(self.batch_size)),
             first_layers=self.layers,
             second_layers=self.layers,
-            device=device,
+            device=pick_device(self.device),
         )
         write_report(matrix, self.out, (self.first, self.second))
         best = matrix.values.argmax(1).tolist()
         return {
             "layers": f"{len(matrix.first)} x {len(matrix.second)}",
-            "images": matrix.samples,
+            "pictures": matrix.samples,
             "most alike": {
                 name: f"{matrix.second[j]} ({float(matrix.values[i, j]):.3f})"
                 for i, (name, j) in enumerate(zip(matrix.first, best, strict=True))
@@ -166,12 +197,13 @@ class CKA(cli.Command):
 class ConvertConfig(cli.Command):
     """Turn a configuration of mdistiller into a recipe for `dpk train --recipe`."""
 
-    source: Path
+    source: Positional[Path]
     """YAML file with DISTILLER and SOLVER"""
     out: Path
     """recipe to write"""
 
     def run(self) -> Mapping[str, Any]:
+        check_output_file(self.out)
         import yaml
         from papercore.rundir import write_text
 

@@ -84,10 +84,27 @@ def make_network(name: str, classes: int, channels: int, seed: int, weights: Pat
     return load_network(name, classes, weights, seed)
 
 
-def read_parts(dataset: Dataset, data: Path | None, size: int | None) -> "tuple[Pictures, Pictures]":
-    """Training and test pictures, of the same classes."""
-    from dpk.data import read
+def pick_device(device: Device) -> str:
+    """ "auto" resolved.
 
+    Raises:
+        InputError: "cuda" without a GPU.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", found="cuda", expected="a CUDA GPU in this machine")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def read_parts(
+    dataset: Dataset, data: Path | None, size: int | None, limit: int | None = None
+) -> "tuple[Pictures, Pictures]":
+    """Training and test pictures, of the same classes; at most `limit` of each."""
+    from dpk.data import Pictures, read
+
+    if limit is not None and limit < 1:
+        raise InputError("--limit", found=limit, expected="at least 1")
     train, test = (read(dataset, data, part, size=size) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
@@ -98,4 +115,6 @@ def read_parts(dataset: Dataset, data: Path | None, size: int | None) -> "tuple[
         )
     if dataset == "folder" and train.names != test.names:
         raise InputError("classes of the test pictures", where=data, found=test.names, expected=train.names)
+    if limit is not None:
+        train, test = (Pictures(part.images[:limit], part.labels[:limit], part.names) for part in (train, test))
     return train, test
