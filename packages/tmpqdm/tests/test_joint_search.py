@@ -13,10 +13,10 @@ from papercore.errors import InputError, WorkError
 from tmpqdm.calibration import collect_calibration
 from tmpqdm.cost import CostModel
 from tmpqdm.groups import TimestepGroups
+from tmpqdm.joint import SearchConfig, find, find_front, search, start_genomes
 from tmpqdm.plan import Plan
 from tmpqdm.sampling import Sampling
 from tmpqdm.scores import PairedScore, Scored
-from tmpqdm.joint import SearchConfig, find, find_front, search, start_genomes
 from tmpqdm.sensitivity import recommended_bits, sweep
 from tmpqdm.solver import PrecisionSolver
 from tmpqdm.space import Budget, SearchSpace

@@ -165,13 +165,13 @@ def study(
         """Mean over noise that no search has seen; None for bits: full precision."""
         values = []
         for check in range(effort.check_seeds):
-            options = {"images": effort.check_images, "seed": seed + 1000 + check}
+            images, fresh_seed = effort.check_images, seed + 1000 + check
             if bits is None:
                 with solver.full_precision() as network:
-                    values.append(score(network, timesteps, **options).value)
+                    values.append(score(network, timesteps, images=images, seed=fresh_seed).value)
             else:
                 solver.set_bits(bits)
-                values.append(score(solver.network, timesteps, **options).value)
+                values.append(score(solver.network, timesteps, images=images, seed=fresh_seed).value)
         return sum(values) / len(values)
 
     quadratic, uniform = list(groups.first()), trajectory(effort.steps, 1000, "uniform")
@@ -205,8 +205,8 @@ def study(
     text = (
         f"Budget: the BitOps of uniform {effort.budget} bits; {effort.steps} steps; {candidates} scored candidates a "
         f"search of {effort.images} pictures each; final distances: mean of {effort.check_seeds} draws of "
-        f"{effort.check_images} pictures to {score.reference.count} real ones. Only equal numbers of pictures and equal "
-        "features can be compared: these are no FIDs."
+        f"{effort.check_images} pictures to {score.reference.count} real ones. Only distances of equal numbers of "
+        "pictures in equal features can be compared: these are no FIDs."
     )
     return Reproduction(
         claims,
