@@ -11,6 +11,7 @@ import torch
 from papercore.gpu import Request, Task
 from torch import Tensor
 
+from dpk import gpu_benchmarks
 from dpk.alignment import cka
 from dpk.digits import digits_net
 from dpk.distiller import Distiller
@@ -22,6 +23,7 @@ def tasks() -> list[Task]:
         Task("check-step", "check", 95, 0.5, check_step),
         Task("check-cka", "check", 94, 0.5, check_cka),
         Task("reproduce-small", "reproduction", 80, 30.0, reproduce_small, needs_data=True),
+        *gpu_benchmarks.tasks(),
     ]
 
 
