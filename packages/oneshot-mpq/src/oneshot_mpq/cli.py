@@ -4,18 +4,26 @@ import sys
 
 from papercore import cli
 
+from oneshot_mpq.commands.benchmark import Benchmark
+from oneshot_mpq.commands.compare import Compare
 from oneshot_mpq.commands.evaluate import Evaluate
+from oneshot_mpq.commands.export import Export
 from oneshot_mpq.commands.inspect import Inspect
+from oneshot_mpq.commands.profile import Profile
 from oneshot_mpq.commands.reproduce import Reproduce
 from oneshot_mpq.commands.search import Search
 from oneshot_mpq.commands.train import Train
 
 COMMANDS: dict[str, type[cli.Command]] = {
+    "profile": Profile,
     "train": Train,
     "search": Search,
     "evaluate": Evaluate,
+    "export": Export,
+    "compare": Compare,
     "inspect": Inspect,
     "reproduce": Reproduce,
+    "benchmark": Benchmark,
 }
 
 

@@ -1,4 +1,4 @@
-"""oneshot-mpq's work of training for the GPU queue."""
+"""oneshot-mpq's work for the GPU queue."""
 
 import copy
 import dataclasses
@@ -11,9 +11,12 @@ import torch
 from papercore.gpu import Request, Task
 from papercore.gpu_checks import milliseconds
 
+from oneshot_mpq.quantize_checks import gpu_checks
+
 
 def tasks() -> list[Task]:
     return [
+        *gpu_checks(),
         Task("check-step", "check", 95, 0.5, check_step),
         Task("benchmark-step", "benchmark", 60, 1.0, benchmark_step),
         Task("reproduce-small", "reproduction", 80, 12.0, reproduce_small, needs_data=True),

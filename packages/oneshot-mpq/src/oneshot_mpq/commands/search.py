@@ -37,6 +37,14 @@ class Search(cli.Command):
     """search images at most"""
     recalibration: int = 7000
     """training images behind the batch-norm statistics"""
+    compat: Literal["none", "reference"] = "none"
+    """reference: the greedy search of the original code, with its constants and defects"""
+    evaluations: int = 1000
+    """configurations that evolution and random measure"""
+    storage: str | None = None
+    """of the evolution: a file or a database URL of Optuna, from where it goes on"""
+    shared: bool = False
+    """other processes search in the same storage at the same time"""
     respect_frozen: bool = False
     """use only weight bits that the last scheduler event allows"""
     seed: int = 0
@@ -51,10 +59,11 @@ class Search(cli.Command):
                 "--images, --recalibration", found=min(self.images, self.recalibration), expected="1 or more"
             )
         from papercore.report import Table
+        from papercore.rundir import write_json
         from torch.utils.data import DataLoader, Subset
 
         from oneshot_mpq.bitconfig import BitConfig
-        from oneshot_mpq.search import search
+        from oneshot_mpq.search import search_front
         from oneshot_mpq.study import measure_config
         from oneshot_mpq.workflow import open_project
 
@@ -66,21 +75,30 @@ class Search(cli.Command):
             for b in (3, 4)
             if all(b in layer.weight_choices for layer in net.layers.values())
         )
+        front = search_front(
+            net,
+            loader,
+            [{self.unit: budget} for budget in budgets],
+            self.method,
+            self.objective,
+            compat=None if self.compat == "none" else self.compat,
+            respect_frozen=self.respect_frozen,
+            evaluations=self.evaluations,
+            storage=self.storage,
+            alone=not self.shared,
+            seed=self.seed,
+        )
         rows = []
-        for budget in budgets:
-            found = search(
-                net,
-                loader,
-                {self.unit: budget},
-                self.method,
-                self.objective,
-                respect_frozen=self.respect_frozen,
-                seed=self.seed,
-            )
+        for budget, found in zip(budgets, front.results, strict=True):
             top1 = measure_config(net, found.config, splits, self.recalibration)
             config = dataclasses.replace(found.config, metrics={**found.config.metrics, "test_top1": top1})
             path = self.out / f"{self.unit}-{budget:.6g}.json"
             config.save(path)
             rows.append((budget, config.bitops_G, config.size_MiB, top1, found.evaluations, path.name))
         columns = (f"budget ({self.unit})", "BitOps (G)", "size (MiB)", "test top-1 (%)", "measured", "file")
-        return {"found": Table(f"configurations of {net.name}", columns, rows), "out": self.out}
+        write_json(self.out / "log.json", {"measured": front.results[-1].log.records()})
+        return {
+            "found": Table(f"configurations of {net.name}", columns, rows),
+            "front": front.table,
+            "out": self.out,
+        }

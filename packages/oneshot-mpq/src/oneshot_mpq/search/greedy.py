@@ -29,7 +29,10 @@ def greedy(problem: Problem, seed: int = 0) -> Bits:
             # a move that saves nothing in the budget's unit is never worth it
             return (gain / saved if saved > 0 else float("inf"), -saved)
 
-        bits = min(neighbours(problem, bits, -1), key=price)
+        down = neighbours(problem, bits, -1)
+        if not down:  # a latency table need not fall with the bits
+            return problem.cheapest
+        bits = min(down, key=price)
         moves += 1
         if moves % SWAP_EVERY == 0:
             bits = swap(problem, bits) or bits

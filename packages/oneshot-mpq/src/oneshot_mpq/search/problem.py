@@ -1,10 +1,10 @@
 """What a search asks: how good is a configuration, and what does it cost?"""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from papercore.errors import InputError
 from papercore.report import Table
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from oneshot_mpq.bitconfig import BitConfig
+from oneshot_mpq.cost import UNITS, CostModel, Latency
 from oneshot_mpq.supernet import Supernet
 from oneshot_mpq.validation import batch_statistics
 
@@ -27,58 +28,102 @@ class SearchResult:
     """with its costs, and loss and error on the search images as metrics"""
     method: str
     evaluations: int
+    """configurations measured so far, by this search and by those before it on the same images"""
     log: Table
     """every configuration that was measured, in order"""
 
 
+def image_key(image: Tensor) -> bytes:
+    return hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).digest()
+
+
+class Images:
+    """The images of a search, and what was measured on them.
+
+    Args:
+        loader: (images, labels).
+        test_loader: images that must not be among them.
+
+    Raises:
+        InputError: no image, labels that the network has no class for, or an image of the test data.
+    """
+
+    def __init__(self, net: Supernet, loader: Iterable[Any], test_loader: Iterable[Any] | None = None) -> None:
+        device = next(net.parameters()).device
+        self.batches: list[tuple[Tensor, Tensor]] = [(x.to(device), y.to(device)) for x, y, *_ in loader]
+        self.count = sum(len(y) for _, y in self.batches)
+        if not self.count:
+            raise InputError("calib_loader", found="no image", expected="at least one")
+        if test_loader is not None:
+            keys = {image_key(image) for x, _ in self.batches for image in x}
+            shared = sum(image_key(image) in keys for x, *_ in test_loader for image in x)
+            if shared:
+                raise InputError(
+                    "calib_loader",
+                    found=f"{shared} images of the test data",
+                    expected="none: what is searched on cannot judge the result",
+                )
+        self.measured: dict[Bits, tuple[float, float]] = {}
+        """loss and error (%)"""
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for x, y in self.batches:
+            found.update(image_key(x) + image_key(y))
+        return found.hexdigest()[:16]
+
+
 class Problem:
-    """Candidates, costs and measurements of one search. Batch norms use the statistics of the batch."""
+    """Candidates, costs and measurements of one search. Batch norms use the statistics of the batch.
+
+    Raises:
+        InputError: the objective, or the budget: its unit, or a number that no configuration reaches.
+    """
 
     def __init__(
         self,
         net: Supernet,
-        loader: Iterable[Any],
+        images: Images,
         budget: Mapping[str, float],
         objective: str,
-        respect_frozen: bool,
+        respect_frozen: bool = False,
+        latency: Latency | None = None,
     ) -> None:
-        if set(budget) not in ({"bitops_G"}, {"size_MiB"}):
-            raise InputError("budget", found=dict(budget), expected="bitops_G or size_MiB and a number")
+        if len(budget) != 1 or not set(budget) <= set(UNITS):
+            raise InputError("budget", found=dict(budget), expected=f"{' or '.join(UNITS)}, and a number")
         if objective not in ("loss", "error"):
             raise InputError("objective", found=objective, expected="loss or error")
-        self.net, self.objective = net, objective
-        (self.unit, self.budget), *_ = budget.items()
-        device = next(net.parameters()).device
-        self.batches: list[tuple[Tensor, Tensor]] = [(x.to(device), y.to(device)) for x, y in loader]
-        self.count = sum(len(y) for _, y in self.batches)
-        if not self.count:
-            raise InputError("calib_loader", found="no image", expected="at least one")
+        self.net, self.images, self.objective = net, images, objective
+        self.measured = images.measured
+        ((self.unit, self.budget),) = budget.items()
         self.choices: list[tuple[int, ...]] = []
         for layer in net.layers.values():
             self.choices += [layer.allowed_weight_bits if respect_frozen else layer.weight_choices, layer.act_choices]
-        self.macs = np.array([net.macs[name] for name in net.layers], np.int64)
-        self.weights = np.array([layer.weight.numel() for layer in net.layers.values()], np.int64)
-        lowest, highest = (tuple(c[i] for c in self.choices) for i in (0, -1))
-        self.offset = 0.0
-        self.offset = self._exact(lowest) - self.cost(lowest)
-        least, most = self.cost(lowest), self.cost(highest)
-        if not least <= self.budget:
+        self.costs = CostModel(net, latency)
+        self.offset = self.costs.fixed_part(self.unit)
+        cheapest, most = [], self.offset
+        for i in range(len(net.layers)):
+            pairs = [(w, a) for w in self.choices[2 * i] for a in self.choices[2 * i + 1]]
+            cheapest += min(pairs, key=lambda pair, i=i: self.layer_cost(i, *pair))
+            most += max(self.layer_cost(i, *pair) for pair in pairs)
+        self.highest = tuple(c[-1] for c in self.choices)
+        self.cheapest = tuple(cheapest)
+        """for a latency table these need not be the fewest bits"""
+        least = self.cost(self.cheapest)
+        if not least * (1 - 1e-12) <= self.budget <= most * (1 + 1e-12):
             raise InputError(f"budget {self.unit}", found=self.budget, expected=f"{least:.6g} to {most:.6g}")
-        self.lowest, self.highest = lowest, highest
-        self.measured: dict[Bits, tuple[float, float]] = {}
 
-    def _exact(self, bits: Bits) -> float:
-        cost = self.net.cost(self.config(bits))
-        return cost.bitops_G if self.unit == "bitops_G" else cost.size_MiB
+    @staticmethod
+    def bits(weight_bits: Sequence[int], act_bits: Sequence[int]) -> Bits:
+        return tuple(b for pair in zip(weight_bits, act_bits, strict=True) for b in pair)
 
-    def config(self, bits: Bits) -> BitConfig:
-        return BitConfig.of(self.net, bits[::2], bits[1::2])
+    @staticmethod
+    def described(bits: Bits) -> str:
+        return " ".join(f"{w}/{a}" for w, a in zip(bits[::2], bits[1::2], strict=True))
 
     def layer_cost(self, layer: int, weight_bits: int, act_bits: int) -> float:
         """What a layer adds, in the budget's unit."""
-        if self.unit == "bitops_G":
-            return int(self.macs[layer]) * weight_bits * act_bits / 1e9
-        return int(self.weights[layer]) * weight_bits / 8 / 2**20
+        return self.costs.layer(self.unit, layer, weight_bits, act_bits)
 
     def cost(self, bits: Bits) -> float:
         return self.offset + sum(
@@ -90,19 +135,35 @@ class Problem:
         return self.cost(bits) <= self.budget * (1 + 1e-12)
 
     @torch.no_grad()
+    def _on(self, bits: Bits, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+        """Sum of the cross entropies, and number of wrong images."""
+        self.net.select(bits[::2], bits[1::2])
+        loss, wrong = 0.0, 0
+        with batch_statistics(self.net):
+            for x, y in batches:
+                logits = self.net(x).float()
+                if logits.ndim != 2 or int(y.max()) >= logits.shape[1] or int(y.min()) < 0:
+                    raise InputError(
+                        "labels of calib_loader",
+                        found=f"{int(y.min())} to {int(y.max())}",
+                        expected=f"0 to {logits.shape[-1] - 1}, the classifier's classes",
+                    )
+                loss += float(functional.cross_entropy(logits, y, reduction="sum"))
+                wrong += int((logits.argmax(-1) != y).sum())
+        return loss, wrong
+
     def measure(self, bits: Bits) -> tuple[float, float]:
         """What is minimised, smaller is better: (loss, error) or (error, loss), means over the search images."""
         if bits not in self.measured:
-            self.net.select(bits[::2], bits[1::2])
-            loss, wrong = 0.0, 0
-            with batch_statistics(self.net):
-                for x, y in self.batches:
-                    logits = self.net(x).float()
-                    loss += float(functional.cross_entropy(logits, y, reduction="sum"))
-                    wrong += int((logits.argmax(-1) != y).sum())
-            self.measured[bits] = (loss / self.count, 100 * wrong / self.count)
+            loss, wrong = self._on(bits, self.images.batches)
+            self.measured[bits] = (loss / self.images.count, 100 * wrong / self.images.count)
         loss, error = self.measured[bits]
         return (loss, error) if self.objective == "loss" else (error, loss)
+
+    def error_on(self, batch: int, bits: Bits) -> float:
+        """Share of wrong images in one batch, counted round and round."""
+        x, y = self.images.batches[batch % len(self.images.batches)]
+        return self._on(bits, [(x, y)])[1] / len(y)
 
     def best(self, candidates: Sequence[Bits]) -> Bits:
         """The best of those that fit; the first one wins ties."""
@@ -111,12 +172,10 @@ class Problem:
     def result(self, bits: Bits, method: str) -> SearchResult:
         self.measure(bits)
         loss, error = self.measured[bits]
-        config = BitConfig.of(
-            self.net, bits[::2], bits[1::2], metrics={"search_loss": loss, "search_error": error, "method": method}
-        )
-        rows = [
-            (" ".join(f"{w}/{a}" for w, a in zip(b[::2], b[1::2], strict=True)), self.cost(b), *values)
-            for b, values in self.measured.items()
-        ]
+        metrics = {"search_loss": loss, "search_error": error, "method": method}
+        if self.unit == "latency_ms":
+            metrics["latency_ms"] = self.cost(bits)
+        config = BitConfig.of(self.net, bits[::2], bits[1::2], metrics=metrics)
+        rows = [(self.described(b), self.cost(b), *values) for b, values in self.measured.items()]
         log = Table("measured configurations", ("weight/activation bits", self.unit, "loss", "error (%)"), rows)
         return SearchResult(config, method, len(self.measured), log)
