@@ -7,6 +7,7 @@ import torch
 import yaml
 from dpk.cli import COMMANDS
 from dpk.digits import digits_net
+from dpk.distiller import Distiller
 from dpk.networks import create_model
 from dpk.protocol import PAIRS, method_options, stage_name
 from dpk.recipe import make_method, read_recipe
@@ -85,6 +86,16 @@ def test_hints_of_the_protocol_are_modules_at_the_known_sizes():
     for pair in PAIRS:
         (hint,) = make_method("fitnet", method_options("fitnet", pair)).pairs
         assert (hint.student, hint.teacher) == (stage_name(pair.student, 2), stage_name(pair.teacher, 2))
+
+
+def test_the_student_of_knowledge_review_is_tapped_after_the_activation():
+    student, teacher = create_model("resnet8", 5), create_model("resnet8", 5)
+    options = method_options("reviewkd") | {"ce_weight": 0}
+    distiller = Distiller(student, teacher, make_method("reviewkd", options), torch.zeros(2, 3, 32, 32))
+    images = torch.randn(2, 3, 32, 32)
+    ours, theirs = distiller.run(0, images).features, distiller.teach(images).features
+    assert all(float(x.detach().min()) == 0 for x in ours)
+    assert all(float(x.min()) < 0 for x in theirs)
 
 
 def test_steps_are_timed(capsys):

@@ -122,7 +122,7 @@ def options(kind: str, section: Any, get: Any) -> dict[str, Any]:
             "ce_weight": float(get(of, "REVIEWKD", "CE_WEIGHT", 1.0)),
             "weight": float(get(of, "REVIEWKD", "REVIEWKD_WEIGHT", 1.0)),
             "warmup": int(get(of, "REVIEWKD", "WARMUP_EPOCHS", 20)),
-            "preactivation": bool(get(of, "REVIEWKD", "STU_PREACT", False)),
+            "student_preactivation": bool(get(of, "REVIEWKD", "STU_PREACT", False)),
         }
     return {}
 

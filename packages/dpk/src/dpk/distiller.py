@@ -75,7 +75,11 @@ class Distiller(nn.Module):
                 network,
                 [getattr(pair, role) for pair in self.pairs],
                 example_input,
-                preactivation=method.preactivation,
+                preactivation=(
+                    method.preactivation
+                    if role == "teacher" or method.student_preactivation is None
+                    else method.student_preactivation
+                ),
                 grids=[getattr(pair, f"{role}_grid") for pair in self.pairs],
                 role=role,
             )

@@ -83,6 +83,8 @@ class Method(nn.Module):
 
     needs_teacher: bool = True
     needs_features: bool = True
+    student_preactivation: bool | None = None
+    """of the student's taps; none: as `preactivation` says of both"""
     needs_logits: bool = False
     """compares the logits of both networks, which must be for the same classes"""
 

@@ -62,7 +62,7 @@ def method_options(method: str, pair: ProtocolPair | None = None) -> dict[str, A
         return {"weight": 1000.0, "power": 2}
     if method == "reviewkd":
         weight = 5.0 if pair is None or pair.review_weight is None else pair.review_weight
-        return {"weight": weight, "warmup": 20}
+        return {"weight": weight, "warmup": 20, "student_preactivation": False}
     return {}
 
 

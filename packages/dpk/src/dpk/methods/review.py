@@ -71,6 +71,8 @@ class ReviewKD(Method):
         middle: channels that levels are fused in; none: those of the student's deepest level, at most 512.
         warmup: epochs of linear growth; its authors take 20.
         pooled: take the pooled vectors as the deepest level, where both networks have one.
+        student_preactivation: of the student's taps; none: as `preactivation` says of both. The CIFAR-100 protocol has
+            the teacher's before and the student's after the activation.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class ReviewKD(Method):
         pairs: Literal["auto"] | Sequence[PairLike] = "auto",
         stages: int | Literal["all"] = "all",
         preactivation: bool = True,
+        student_preactivation: bool | None = None,
         ce_weight: float = 1.0,
         warmup: int = 20,
     ) -> None:
         super().__init__(pairs=pairs, stages=stages, preactivation=preactivation, ce_weight=ce_weight, warmup=warmup)
         check_positive(weight=weight)
         self.weight, self.middle, self.with_pooled = weight, middle, pooled
+        self.student_preactivation = student_preactivation
         self.has_pooled = False
 
     def make(
