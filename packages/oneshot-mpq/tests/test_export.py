@@ -1,6 +1,7 @@
 """ONNX files against torch, number by number."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,11 @@ import torch
 from oneshot_mpq import BitConfig, Supernet, freeze
 from oneshot_mpq.export import export_onnx, stored_bytes
 from oneshot_mpq.onnx_graph import packed_bytes, storage_bits
+from papercore.data.cifar import cifar
+from papercore.data.cifar_resnet import load_cifar_resnet, normalise
 from papercore.errors import WorkError
+
+REAL = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -109,3 +114,24 @@ def test_wrong_questions_are_named(net, small, images, tmp_path):
     other = Supernet(small, images[:1], name="other").config()
     with pytest.raises(ValueError, match="model other"):
         export_onnx(net, other, tmp_path / "a.onnx")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the data folder is not beside the repository")
+def test_a_trained_network_on_real_pictures(tmp_path):
+    """ResNet-20 of CIFAR-10, eight bits, no training: the file classifies as the float network does."""
+    pictures = cifar(REAL, "test", "cifar10", limit=1000)
+    x, y = normalise(pictures.images), pictures.labels
+    model = load_cifar_resnet(REAL, 20)
+    net = Supernet(model, x[:1], bits=(4, 8))
+    net.calibrate(x[:200])
+    with torch.no_grad():
+        exact = (model(x[200:]).argmax(1) == y[200:]).float().mean()
+    for bits in (8, 4):
+        config = BitConfig.uniform(net, bits, bits)
+        net.set_bits(config)
+        done = export_onnx(net.eval(), config, tmp_path / f"{bits}.onnx", images=x[200:264])
+        assert done.weight_bytes == pytest.approx(config.size_MiB * 2**20)
+        found, expected = run(done.path, x[200:]).argmax(1), freeze(net)(x[200:]).argmax(1)
+        assert (found == expected).float().mean() > 0.99
+        if bits == 8:
+            assert (found == y[200:]).float().mean() > exact - 0.02

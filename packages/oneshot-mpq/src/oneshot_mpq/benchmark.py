@@ -43,7 +43,8 @@ def eager_formula(x: Tensor, step: Tensor, low: int, high: int, scale: float = 1
 def torch_learnable(x: Tensor, step: Tensor, low: int, high: int, scale: float = 1.0) -> Tensor:
     """torch's own operator; its gradients are not LSQ's at the clip bounds."""
     zero = torch.zeros(1, device=x.device)
-    return torch._fake_quantize_learnable_per_tensor_affine(x, step.reshape(1), zero, low, high, scale)
+    learnable: Any = torch._fake_quantize_learnable_per_tensor_affine  # pyright: ignore[reportPrivateImportUsage]
+    return learnable(x, step.reshape(1), zero, low, high, scale)
 
 
 def quantiser_ways(elements: int, device: str = "cpu") -> Ways:

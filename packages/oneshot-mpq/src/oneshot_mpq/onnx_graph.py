@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -79,8 +79,8 @@ class ExportWeight(nn.Module):
     def __init__(self, quantizer: LSQ, weight: Float[Tensor, "out *rest"], bits: int, name: str) -> None:
         super().__init__()
         self.bits, self.name = bits, name
-        self.codes: Int[NDArray[np.int8], out * rest] = quantizer.codes(weight, bits).numpy().astype(np.int8)
-        self.step: Float[NDArray[np.float32], "*channels"] = quantizer.step(bits).detach().numpy().copy()
+        self.codes: NDArray[np.int8] = quantizer.codes(weight, bits).numpy().astype(np.int8)
+        self.step: NDArray[np.float32] = quantizer.step(bits).detach().numpy().copy()
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
         step = torch.from_numpy(self.step)
@@ -88,7 +88,7 @@ class ExportWeight(nn.Module):
         return _Mark.apply(torch.from_numpy(self.codes).to(weight.dtype) * step, self.name)  # pyright: ignore[reportReturnType]
 
 
-def packed_bytes(codes: Int[NDArray[np.int8], "*shape"], width: int) -> bytes:
+def packed_bytes(codes: NDArray[np.int8], width: int) -> bytes:
     """Codes of 2, 4 or 8 bits, the first in the lowest bits of a byte; the last byte is filled with zeros."""
     each = 8 // width
     flat = codes.reshape(-1).view(np.uint8) & (2**width - 1)
@@ -117,7 +117,7 @@ def put_integers(model: Any, weights: dict[str, ExportWeight], packed: bool) -> 
                 helper.make_tensor(names[1], TensorProto.FLOAT, weight.step.shape, weight.step.tobytes(), raw=True),
             ]
         )
-        options = {"axis": 0} if weight.step.ndim else {}
+        options: dict[str, Any] = {"axis": 0} if weight.step.ndim else {}
         nodes.append(helper.make_node("DequantizeLinear", names, list(node.output), f"{weight.name}.values", **options))
     del graph.node[:]
     graph.node.extend(nodes)
