@@ -118,7 +118,7 @@ class AdaptiveViT(nn.Module):
             parts = [
                 execute(self.net, image[None], start, path="sliced", mean=self.mean, policy=policy) for image in images
             ]
-            outcome = _joined(parts)
+            outcome = joined(parts)
         else:
             path: Path = "packed" if self.engine == "auto" else self.engine
             outcome = execute(self.net, images, start, path=path, mean=self.mean, policy=policy)
@@ -150,7 +150,7 @@ class AdaptiveViT(nn.Module):
         return decision if self.cap is None else capped(decision, point, self.cap, self.geometry)
 
 
-def _joined(parts: list[Outcome]) -> Outcome:
+def joined(parts: list[Outcome]) -> Outcome:
     """Outcomes of single images as one."""
     first = parts[0].decision
     decision = Decision(
