@@ -41,27 +41,31 @@ class CKAMatrix:
         }
 
 
-def centred_rows(grams: Float[Tensor, "layers n n"]) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrices without their diagonal, flattened; their row sums; their totals)."""
-    grams = grams - torch.diag_embed(torch.diagonal(grams, dim1=-2, dim2=-1))
-    rows = grams.sum(-1)
-    return grams.flatten(1), rows, rows.sum(-1)
+Centred = tuple[Float[Tensor, "layers nn"], Float[Tensor, "layers n"], Float[Tensor, " layers"]]
 
 
-def all_pairs(first: Float[Tensor, "first n n"], second: Float[Tensor, "second n n"]) -> Float[Tensor, "first second"]:
-    """HSIC1 of every pair of Gram matrices of one minibatch of n > 3 samples."""
-    n = first.shape[-1]
-    flat, rows, totals = centred_rows(first)
-    flat2, rows2, totals2 = centred_rows(second)
+def without_diagonal(grams: Sequence[Float[Tensor, "n n"]]) -> Centred:
+    """(Gram matrices with a diagonal of 0, flattened; their row sums; their totals)."""
+    stacked = torch.stack(list(grams))
+    stacked.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = stacked.sum(-1)
+    return stacked.flatten(1), rows, rows.sum(-1)
+
+
+def all_pairs(first: Centred, second: Centred) -> Float[Tensor, "first second"]:
+    """HSIC1 of every pair of layers of one minibatch of n > 3 samples: tr(KL) is the inner product of the flattened."""
+    (flat, rows, totals), (flat2, rows2, totals2) = first, second
+    n = rows.shape[1]
     inner = flat @ flat2.mT + totals[:, None] * totals2 / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ rows2.mT)
     return inner / (n * (n - 3))
 
 
-def own(grams: Float[Tensor, "layers n n"]) -> Float[Tensor, " layers"]:
-    """HSIC1 of every matrix with itself."""
-    n = grams.shape[-1]
-    flat, rows, totals = centred_rows(grams)
-    inner = flat.square().sum(-1) + totals.square() / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows.square().sum(-1)
+def own(layers: Centred) -> Float[Tensor, " layers"]:
+    """HSIC1 of every layer with itself."""
+    flat, rows, totals = layers
+    n = rows.shape[1]
+    squares = torch.linalg.vector_norm(flat, dim=1).square()
+    inner = squares + totals.square() / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows.square().sum(-1)
     return inner / (n * (n - 3))
 
 
@@ -161,7 +165,7 @@ def cka_matrix(
             for index, (network, recorder) in enumerate(zip(networks, recorders, strict=True)):
                 grams = recorder.run(network, images)
                 kept[index] = kept[index] or list(grams)
-                found.append(torch.stack([grams[name] for name in kept[index]]))
+                found.append(without_diagonal([grams[name] for name in kept[index]]))
             parts = all_pairs(found[0], found[1]), own(found[0]), own(found[1])
             cross, firsts, seconds = (
                 part if total is None else total + part
