@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from safetensors.torch import save_file
 from tmpqdm.mnist import MnistDiT, MnistUNet
 from tmpqdm.train import DIGITS, reduced, train_unet
@@ -15,6 +16,18 @@ def digits_folder(tmp_path_factory) -> Path:
     """The digits UNet after a few steps, as `tmpqdm train` leaves it."""
     folder = tmp_path_factory.mktemp("trained") / "digits"
     train_unet(folder, "digits", reduced(DIGITS, 4), device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory) -> Path:
+    """An untrained UNet that is faster still."""
+    folder = tmp_path_factory.mktemp("small") / "unet"
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

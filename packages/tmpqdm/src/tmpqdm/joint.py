@@ -1,12 +1,13 @@
 """The joint search of timesteps and bits (TMPQ-DM, arXiv 2404.09532), on papercore's evolutionary search.
 
-Every candidate switches the solver and is scored on the same noise. The start is the list of first timesteps with the
-bits that single-gene sensitivities recommend; "paper" starts as published, from uniform bits and mutations of them.
-The best candidates are scored again on fresh noise, and only that score decides.
+Every candidate switches the solver and is scored on the same noise. The start is the bits that single-gene
+sensitivities recommend, on the first timesteps of the groups and on drawn ones; "paper" starts as published, from
+uniform bits and mutations of them. The best candidates are scored again on fresh noise, and only that score decides.
 """
 
 import dataclasses
 import importlib.metadata
+import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -279,7 +280,12 @@ def start_genomes(
         bitops=None if per_step == float("inf") else per_step,
         size=None if size == float("inf") else size,
     )
-    return [space.encode(first, [bits]), uniform]
+    start = [space.encode(first, [bits]), uniform]
+    if space.search_timesteps:  # half of the first generation: the recommended bits on other timesteps
+        rng = random.Random(f"{config.seed}/start")  # noqa: S311 - not for secrets
+        lists = dict.fromkeys(space.groups.sample(rng) for _ in range(config.population // 2 - len(start)))
+        start += [space.encode(timesteps, [bits]) for timesteps in lists if timesteps != tuple(first)]
+    return start
 
 
 def evaluate_genome(

@@ -27,7 +27,7 @@ from tmpqdm.sampling import Sampling
 from tmpqdm.scores import FrechetScore, frechet_score
 from tmpqdm.sensitivity import Sensitivity, sweep
 from tmpqdm.solver import PrecisionSolver
-from tmpqdm.space import Budget
+from tmpqdm.space import Budget, SearchSpace
 
 Grouping = Literal["quadratic", "uniform", "solver-grid", "log-snr"]
 
@@ -205,6 +205,8 @@ def search_run(
     cost = CostModel.trace(model, splits=solver.splits, softmax_bits=softmax)
     if cost.shared:
         say(f"called several times, one gene each: {', '.join(cost.shared)}")
+    for budget in named.values():  # a budget that cannot be kept costs no sweep
+        SearchSpace(solver, chosen, cost, budget)
     sensitivity = None
     if config.init == "sensitivity" and mode != "timesteps":
         path = out / "sensitivity.json"
