@@ -31,7 +31,9 @@ def torch_cka(networks: list[nn.Module], layers: list[str], images: Tensor) -> C
     """The peer as a call that gives its table, None where it is not installed."""
     if importlib.util.find_spec("torch_cka") is None:
         return None
-    made: Any = importlib.import_module("torch_cka").CKA(
+    from torch_cka import CKA
+
+    made: Any = CKA(
         *networks, model1_name="first", model2_name="second", model1_layers=layers, model2_layers=layers, device="cpu"
     )
     loader = DataLoader(TensorDataset(images, torch.zeros(len(images))), BATCH)
