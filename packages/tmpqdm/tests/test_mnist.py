@@ -39,8 +39,8 @@ def test_networks_run_from_files(mnist_files):
 
 def mnist(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     folder = DATA / "images" / "mnist"
-    pixels = gzip.open(folder / "t10k-images-idx3-ubyte.gz").read()
-    labels = gzip.open(folder / "t10k-labels-idx1-ubyte.gz").read()
+    pixels = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
     images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28, 1)[:count]
     return torch.tensor(images), torch.tensor(np.frombuffer(labels, np.uint8, offset=8)[:count].astype(np.int64))
 
@@ -74,8 +74,8 @@ def test_a_search_runs_on_real_files(path, tmp_path, capsys):
         space = ["--features", "digits", "--images", "16"]
     labels = ["--labels", "1", "7"] if path != UNET else []
     arguments = ["search", path, "--out", tmp_path / "run", "--reference", reference, *space, *labels, "--steps", "2",
-                 "--bits", "8", "6", "--budget", "uniform:8", "--init", "paper", "--population", "2", "--generations", "1",
-                 "--finalists", "1", "--calibration-samples", "1", "--json"]  # fmt: skip
+                 "--bits", "8", "6", "--budget", "uniform:8", "--init", "paper", "--population", "2", "--generations",
+                 "1", "--finalists", "1", "--calibration-samples", "1", "--json"]  # fmt: skip
     with pytest.warns(UserWarning, match="feature dimensions"):
         assert cli.main("tmpqdm", COMMANDS, "test", [str(a) for a in arguments]) == 0, capsys.readouterr().err
     plan = json.loads((tmp_path / "run" / "plan-uniform-8.json").read_text())
