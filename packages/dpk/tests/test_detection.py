@@ -3,6 +3,7 @@
 import math
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dpk.detection import NeckDistiller, pyramid
 from papercore.errors import InputError
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT.parent / "shared" / "data"
@@ -20,7 +22,12 @@ DATA = ROOT.parent / "shared" / "data"
 def detector(seed: int, classes: int = 3) -> FasterRCNN:
     torch.manual_seed(seed)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
-    return FasterRCNN(backbone, classes, min_size=64, max_size=96, rpn_post_nms_top_n_train=20)
+    head, predictor = (
+        TwoMLPHead(256 * 7 * 7, 32),
+        FastRCNNPredictor(32, classes),
+    )  # small: quick to make
+    small: dict[str, Any] = {"box_head": head, "box_predictor": predictor, "rpn_post_nms_top_n_train": 20}
+    return FasterRCNN(backbone, min_size=64, max_size=96, **small)
 
 
 def sample(count: int = 2):
