@@ -118,7 +118,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_threads_do_not_disturb_one_another():
-    tensors = [torch.randn(200_000, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    tensors = [torch.randn(300_000, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
     def gradient(x):
         step = torch.tensor(0.1, requires_grad=True)
