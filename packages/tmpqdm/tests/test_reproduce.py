@@ -40,7 +40,7 @@ def test_the_study_runs(tmp_path):
         found = reproduce.run_tiny(Settings("tiny", tmp_path, None, "cpu", 0, said.append), effort)
     assert [claim.name for claim in found.claims] == ["R1", "R2", "R3", "R4", "R5", "R6"]
     rows = {row["setting"]: row for row in found.tables[0].records()}
-    assert len(rows) == 10 and rows["both searched"]["of the budget"] <= 1
+    assert len(rows) == 11 and rows["both searched"]["of the budget"] <= 1
     assert rows["searched bits, quadratic list"]["of the budget"] <= 1
     assert len(found.pictures) == 2 and said
     verdict = {claim.name: claim.holds for claim in found.claims}
