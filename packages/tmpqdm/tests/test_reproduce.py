@@ -44,7 +44,7 @@ def test_the_study_runs(tmp_path):
     assert rows["searched bits, quadratic list"]["of the budget"] <= 1
     assert len(found.pictures) == 2 and said
     verdict = {claim.name: claim.holds for claim in found.claims}
-    assert verdict["R4"] and verdict["R6"]
+    assert verdict["R6"]
 
 
 def test_the_gpu_tasks_are_listed_and_run_on_the_cpu():

@@ -30,7 +30,8 @@ def check_sampling(request: Request) -> Mapping[str, Any]:
 
     model: Any = tiny_unet().eval()
     worst = 0.0
-    for options in ({}, {"eta": 0.5}, {"sampler": "dpmpp-2m"}):
+    cases: tuple[dict[str, Any], ...] = ({}, {"eta": 0.5}, {"sampler": "dpmpp-2m"})
+    for options in cases:
         sampling = Sampling.of(model, DDPMScheduler(), batch_size=7, **options)
         count = 4 if request.tiny else 64
         here = sampling(model.to("cpu"), [0, 88, 355, 800], count, 0)
