@@ -106,7 +106,7 @@ def test_a_part_can_be_searched_alone(setting, mode, init):
 
 def test_steps_can_have_bits_of_their_own(setting):
     s = setting
-    result = run(s, per_step=True)
+    result = run(s, per_step=True, init="random")
     plan = result.plan
     assert plan.per_step_bits is not None
     assert len({str(step["bits"]) for step in plan.per_step_bits}) > 1
