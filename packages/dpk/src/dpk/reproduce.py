@@ -83,10 +83,6 @@ ROWS: Mapping[str, tuple[str | None, Callable[[], Method]]] = {
     "DPK, small teacher": ("small", dpk),
     "DPK, large teacher": ("large", dpk),
     "KD, large teacher": ("large", kd),
-    "KD + DPK, large teacher": (
-        "large",
-        lambda: dpk(weight=0.1, logit="kd", logit_weight=0.9, temperature=4.0, ce_weight=0.1),
-    ),
 }
 """row of the table -> teacher and method"""
 
